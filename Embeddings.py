@@ -1,0 +1,122 @@
+"""Embeddings: what a token is and where it stands, as vectors.
+
+    x = TokenEmbedding[id] + PositionalEmbedding[position]
+
+A network computes with vectors, not with ids, so each id of the vocabulary owns one learned row of
+E numbers. Attention sees a *set* of vectors, so each position owns a learned row as well; GPT.py
+adds the two (Radford et al. 2018, section 3.1, equation 2: h0 = U·We + Wp).
+
+Does not know: text, files, attention. Needs: torch. Copy this file alone and it works.
+
+Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H num_heads,
+D head_size, V vocab_size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenEmbeddings(nn.Module):
+    """One learned vector for each token of the vocabulary.
+
+    vocab_size: V, how many different ids there are (0 … V-1).
+    emb_size: E, the width of a vector.
+    """
+
+    def __init__(self, vocab_size: int, emb_size: int):
+        super().__init__()
+        _check_sizes(vocab_size=vocab_size, emb_size=emb_size)
+        self.embedding = nn.Embedding(vocab_size, emb_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids (B, T), int64 or int32 -> vectors (B, T, E). ValueError for ids outside of 0 … V-1.
+
+        >>> TokenEmbeddings(vocab_size=10, emb_size=4)(torch.tensor([[1, 2, 1]])).shape
+        torch.Size([1, 3, 4])
+        """
+        if x.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids of dtype {x.dtype}: token ids are whole numbers; use x.long()")
+        try:
+            return self.embedding(x)  # (B, T) -> (B, T, E)
+        except IndexError:  # costs nothing while all is well; on a GPU fit and generate check first
+            raise ValueError(
+                f"ids from {x.min()} to {x.max()}, but the vocabulary has the ids 0 to "
+                f"{self.embedding.num_embeddings - 1}: encode with the model's own tokenizer"
+            ) from None
+
+
+class PositionalEmbeddings(nn.Module):
+    """One learned vector for each position (learned, as in GPT-1, not sines).
+
+    max_seq_len: how many positions there are; a model can't look back further.
+    emb_size: E, the width of a vector.
+    """
+
+    def __init__(self, max_seq_len: int, emb_size: int):
+        super().__init__()
+        _check_sizes(max_seq_len=max_seq_len, emb_size=emb_size)
+        self.embedding = nn.Embedding(max_seq_len, emb_size)
+
+    def forward(self, seq_len: int, start: int = 0) -> Tensor:
+        """The vectors of the positions start … start+seq_len-1: (T, E).
+
+        ValueError if one of them lies outside of 0 … max_seq_len-1.
+
+        >>> PositionalEmbeddings(max_seq_len=8, emb_size=4)(seq_len=3, start=5).shape
+        torch.Size([3, 4])
+        """
+        max_seq_len = self.embedding.num_embeddings
+        if seq_len < 1 or start < 0 or start + seq_len > max_seq_len:
+            raise ValueError(
+                f"positions {start} to {start + seq_len - 1} (seq_len={seq_len}, start={start}): "
+                f"there are {max_seq_len}, 0 to {max_seq_len - 1}; shorten the sequence or build "
+                f"the model with a larger max_seq_len"
+            )
+        return self.embedding.weight[start : start + seq_len]  # rows of a table: (T, E)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}={size!r}: pick a whole number, 1 or more")
+
+
+def draw_similarity(vectors: Tensor, path: str) -> None:
+    """Draw how alike the vectors of any two positions are (cosine, -1 … 1). vectors: (T, E)."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("No picture: it needs matplotlib (pip install matplotlib)")
+        return
+    unit = nn.functional.normalize(vectors.float(), dim=1)
+    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    image = axes.imshow(unit @ unit.T, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.set(title="Similarity of the learned positions", xlabel="position", ylabel="position")
+    figure.colorbar(image, label="cosine")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"drawn: {path}")
+
+
+def demo() -> None:
+    """Print two tiny tables and their sum; draw the positions of a trained model if there is one."""
+    from pathlib import Path
+
+    torch.manual_seed(0)
+    tokens, positions = TokenEmbeddings(5, 3), PositionalEmbeddings(4, 3)
+    x = torch.tensor([[2, 4, 2]])
+    print("ids", x[0].tolist(), "-> token vector + position vector = what the first block sees\n")
+    for t, (token, position) in enumerate(zip(tokens(x)[0], positions(3), strict=True)):
+        rows = ["[" + " ".join(f"{v:5.2f}" for v in row) + "]"
+                for row in (token, position, token + position)]
+        print(f"id {x[0, t]} at {t}:  {rows[0]} + {rows[1]} = {rows[2]}")
+    print("\nThe id 2 stands there twice: the same token vector, but not the same sum.")
+    trained = Path("out/model.pt")
+    if trained.exists():
+        weights = torch.load(trained, map_location="cpu", weights_only=True)["weights"]
+        Path("assets").mkdir(exist_ok=True)
+        draw_similarity(weights["positional_embeddings.embedding.weight"], "assets/positions.png")
+
+
+if __name__ == "__main__":
+    demo()
