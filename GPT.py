@@ -265,7 +265,7 @@ class GPT(nn.Module):
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: pick one of {', '.join(DTYPES)}")
-        saved = _read(path)
+        saved = read_file(path)
         _check_weights(path, saved)
         with torch.device("meta"):  # neither memory nor random numbers for weights to be replaced
             model = cls(**saved["sizes"], device="meta")
@@ -466,7 +466,7 @@ class _Training:
 
     def resume(self, path: str | os.PathLike, settings: dict, dtype: str) -> None:
         """Go on from a checkpoint; ValueError, before anything is changed, if it doesn't belong."""
-        saved = _read(path)
+        saved = read_file(path)
         if "optimizer" not in saved:
             raise ValueError(f"{path}: a model without the state of its training; it can't be gone on "
                              f"with. Give another name as the checkpoint")
@@ -480,7 +480,6 @@ class _Training:
             raise ValueError(f"{path}: of another run: {'; '.join(changed)}. Set it back, or give "
                              f"another name as the checkpoint to start anew")
         self.model.load_state_dict(saved["weights"])
-        self.model.notes = saved["notes"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.run.update(saved["run"])
         state = saved["random_states"][self.rank]
@@ -608,7 +607,7 @@ def _write(path: str | os.PathLike, content: dict) -> None:
         raise
 
 
-def _read(path: str | os.PathLike) -> dict:
+def read_file(path: str | os.PathLike) -> dict:
     """Read a file that _write wrote. No pickled code runs; a flipped bit is found by the zip's CRC."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; train a model first (python train.py)")

@@ -1,0 +1,1149 @@
+"""test_all.py: python test_all.py runs every test; python test_all.py Attention only those of one file.
+
+Needs nothing beyond torch, numpy and tqdm: no network, no GPU, no data. Peers that are installed
+(tiktoken, tokenizers, rustbpe) are compared with; where they are not, those tests say "skipped".
+Each class tests one file against something that isn't ours: torch's own layers, brute force,
+a ten-line textbook version. Plain pytest runs the same tests.
+"""
+
+import contextlib
+import copy
+import csv
+import doctest
+import errno
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sample
+import train
+from Attention import HeadAttention, KVCache, MultiHeadAttention, attention, causal_mask
+from BPE import BPE
+from Decoder import Decoder, first_layer_gradient
+from Embeddings import PositionalEmbeddings, TokenEmbeddings
+from FFN import FeedForward
+from GetData import Batches, GetData, shuffled
+from GPT import GPT, keep_top_k, keep_top_p, learning_rate_at, next_token, pick_dtype, read_file
+
+HERE = Path(__file__).resolve().parent
+LEAVES = ("Embeddings", "Attention", "FFN", "BPE", "GetData")  # files with no import of ours
+MODULES = (*LEAVES, "Decoder", "GPT", "train", "sample")
+
+
+class Case(unittest.TestCase):
+    """A test in an empty folder of its own, with fixed seeds and quiet progress bars."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        random.seed(0)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        stderr = contextlib.redirect_stderr(io.StringIO())
+        stderr.__enter__()
+        self.addCleanup(stderr.__exit__, None, None, None)
+
+    def assertClose(self, ours, theirs, tolerance=1e-5):
+        error = (ours - theirs).abs().max().item()
+        self.assertLessEqual(error, tolerance, f"largest difference {error:.2e}")
+
+    def assertSame(self, a, b, where=""):
+        """Equal to the bit, however deep."""
+        self.assertIs(type(a), type(b), where)
+        if isinstance(a, dict):
+            self.assertEqual(a.keys(), b.keys(), where)
+            for key in a:
+                self.assertSame(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, (list, tuple)):
+            self.assertEqual(len(a), len(b), where)
+            for n, (x, y) in enumerate(zip(a, b, strict=True)):
+                self.assertSame(x, y, f"{where}[{n}]")
+        elif isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b), where)
+        else:
+            self.assertEqual(a, b, where)
+
+    def assertSays(self, error, *words):
+        """The context manager for: this error, whose message has all these words."""
+        return self.assertRaisesRegex(error, "(?s)" + "".join(f"(?=.*{re.escape(w)})" for w in words))
+
+    def python(self, *arguments, code=0, **options):
+        """Run Python in the folder with our files importable; returns what it printed."""
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8",
+                       **options.pop("env", {})}
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                              encoding="utf-8", env=environment, cwd=self.folder, timeout=240, **options)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+
+def run_doctests(case, name):
+    result = doctest.testmod(importlib.import_module(name))
+    case.assertGreater(result.attempted, 0)
+    case.assertEqual(result.failed, 0)
+
+
+def tiny_gpt(**changes):
+    sizes = dict(vocab_size=40, max_seq_len=12, emb_size=16, num_heads=2, head_size=8, num_layers=2,
+                 dropout=0.0)
+    model = GPT(**sizes | changes)
+    with torch.no_grad():  # weights large enough for lively logits
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(8)
+    return model
+
+
+def counting_batches(n=10, batch=4, T=8, V=40):
+    """Batches of a language that just counts: token t is followed by t + 1."""
+    starts = torch.arange(n * batch).view(n, batch, 1) * 7
+    runs = (starts + torch.arange(T + 1)) % V
+    return [(run[:, :-1], run[:, 1:]) for run in runs]
+
+
+class TestEmbeddings(Case):
+    def test_doctests(self):
+        run_doctests(self, "Embeddings")
+
+    def test_equals_one_hot_product(self):
+        embed = TokenEmbeddings(7, 5)
+        x = torch.randint(7, (3, 4))
+        self.assertClose(embed(x), F.one_hot(x, 7).float() @ embed.embedding.weight)
+
+    def test_positions(self):
+        embed = PositionalEmbeddings(9, 5)
+        for start, T in itertools.product(range(9), range(1, 10)):
+            if start + T <= 9:
+                expected = embed.embedding(torch.arange(start, start + T))
+                self.assertTrue(torch.equal(embed(T, start), expected))
+        self.assertTrue(embed(3).requires_grad)  # learned
+
+    def test_bad_input(self):
+        for ids in ([[0, 7]], [[-1, 0]]):
+            with self.assertSays(ValueError, str(ids[0][ids != [[-1, 0]]]), "0 to 6"):
+                TokenEmbeddings(7, 5)(torch.tensor(ids))
+        with self.assertSays(ValueError, "float32"):
+            TokenEmbeddings(7, 5)(torch.zeros(1, 2))
+        for seq_len, start in ((10, 0), (1, 9), (0, 0), (2, -1)):
+            with self.assertSays(ValueError, f"seq_len={seq_len}", f"start={start}", "max_seq_len"):
+                PositionalEmbeddings(9, 5)(seq_len, start)
+        for sizes in ((0, 4), (4, -1), (4, 2.5), (True, 4)):
+            with self.assertRaises(ValueError):
+                TokenEmbeddings(*sizes)
+            with self.assertRaises(ValueError):
+                PositionalEmbeddings(*sizes)
+
+
+class TestAttention(Case):
+    def test_doctests(self):
+        run_doctests(self, "Attention")
+
+    def test_formula_equals_torch(self):
+        q, k, v = torch.randn(3, 2, 4, 6, 5, requires_grad=True)
+        ours, weights = attention(q, k, v, causal_mask(6, 6, q))
+        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self.assertClose(ours, theirs)
+        self.assertClose(weights.sum(-1), torch.ones(2, 4, 6))
+        self.assertEqual(weights.triu(1).abs().max(), 0)
+        grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]
+        for a, b in zip(*grads, strict=True):
+            self.assertClose(a, b)
+
+    def test_one_head_by_hand(self):
+        head = HeadAttention(emb_size=6, head_size=4, max_seq_len=8)
+        x = torch.randn(2, 5, 6)
+        out = head(x)
+        Wq, Wk, Wv = head.qkv.weight.chunk(3)
+        bq, bk, bv = head.qkv.bias.chunk(3)
+        for b, t in itertools.product(range(2), range(5)):  # the definition, one token at a time
+            q = Wq @ x[b, t] + bq
+            scores = torch.stack([q @ (Wk @ x[b, s] + bk) / 4 ** 0.5 for s in range(t + 1)])
+            expected = sum(p * (Wv @ x[b, s] + bv) for s, p in enumerate(scores.softmax(0)))
+            self.assertClose(out[b, t], expected)
+
+    def test_heads_batched_equal_heads_one_by_one(self):
+        H, E, D = 3, 10, 4  # H·D need not equal E
+        many = MultiHeadAttention(H, E, D, 8, dropout=0.0)
+        x = torch.randn(2, 6, E)
+        outs = []
+        for h in range(H):
+            one = HeadAttention(E, D, 8)
+            rows = torch.cat([torch.arange(h * D, (h + 1) * D) + part * H * D for part in range(3)])
+            one.qkv.load_state_dict({"weight": many.heads.qkv.weight[rows],
+                                     "bias": many.heads.qkv.bias[rows]})
+            outs.append(one(x))
+        self.assertClose(many(x), many.linear(torch.cat(outs, -1)))
+
+    def test_equals_torch_multihead_forward_and_gradients(self):
+        E, H = 12, 3
+        ours = MultiHeadAttention(H, E, E // H, 8, dropout=0.0)
+        theirs = nn.MultiheadAttention(E, H, batch_first=True)
+        theirs.load_state_dict({"in_proj_weight": ours.heads.qkv.weight,
+                                "in_proj_bias": ours.heads.qkv.bias,
+                                "out_proj.weight": ours.linear.weight,
+                                "out_proj.bias": ours.linear.bias})
+        x1 = torch.randn(2, 7, E, requires_grad=True)
+        x2 = x1.detach().clone().requires_grad_()
+        mask = torch.ones(7, 7).triu(1).bool()
+        expected, weights = theirs(x2, x2, x2, attn_mask=mask, average_attn_weights=False)
+        self.assertClose(ours(x1), expected)
+        self.assertClose(ours.weights(x1), weights)
+        ours(x1).square().sum().backward()
+        expected.square().sum().backward()
+        self.assertClose(x1.grad, x2.grad, 1e-4)
+        self.assertClose(ours.heads.qkv.weight.grad, theirs.in_proj_weight.grad, 1e-4)
+
+    def test_bfloat16_takes_the_formula_and_agrees(self):
+        head = HeadAttention(8, 4, 16, num_heads=2)
+        x = torch.randn(2, 9, 8)
+        expected = head(x)
+        with mock.patch("Attention.F.scaled_dot_product_attention", side_effect=AssertionError):
+            out = head.bfloat16()(x.bfloat16())
+        self.assertClose(out.float(), expected, 0.03)
+
+    def test_future_does_not_leak(self):
+        layer = MultiHeadAttention(2, 8, 4, 16, dropout=0.0)
+        x = torch.randn(1, 9, 8)
+        before = layer(x)
+        for t in range(9):
+            changed = x.clone()
+            changed[:, t] += 1
+            after = layer(changed)
+            self.assertTrue(torch.equal(before[:, :t], after[:, :t]))
+            self.assertFalse(torch.allclose(before[:, t:], after[:, t:]))
+
+    def test_cache_in_chunks(self):
+        layer = MultiHeadAttention(2, 8, 4, 10, dropout=0.0)
+        x = torch.randn(3, 10, 8)
+        for cuts in ((10,), (1,) * 10, (4, 3, 1, 2), (1, 9)):
+            cache = KVCache(3, 2, 10, 4)
+            outs, start = [], 0
+            for n in cuts:
+                outs.append(layer(x[:, start : start + n], cache))
+                start += n
+            self.assertClose(torch.cat(outs, 1), layer(x))
+        with self.assertSays(ValueError, "10 cached", "1 new"):
+            layer(x[:, :1], cache)
+        self.assertEqual(cache.length, 10)
+
+    def test_bad_input(self):
+        with self.assertSays(ValueError, "9 tokens", "max_seq_len is 8"):
+            HeadAttention(8, 4, 8)(torch.zeros(1, 9, 8))
+        for arguments in ((0, 4, 8), (8, 0, 8), (8, 4, 0), (8, 4, 8, 0), (8, 4.0, 8)):
+            with self.assertRaises(ValueError):
+                HeadAttention(*arguments)
+        for dropout in (1.0, -0.1, math.nan):
+            with self.assertSays(ValueError, "dropout"):
+                MultiHeadAttention(2, 8, 4, 8, dropout)
+
+
+class TestFFN(Case):
+    def test_doctests(self):
+        run_doctests(self, "FFN")
+
+    def test_equals_formula_and_works_token_by_token(self):
+        ffn = FeedForward(6, dropout=0.0)
+        x = torch.randn(2, 5, 6)
+        expected = (x @ ffn.expand.weight.T + ffn.expand.bias).clamp(min=0) @ ffn.contract.weight.T
+        self.assertClose(ffn(x), expected + ffn.contract.bias)
+        self.assertClose(ffn(x)[:, 2], ffn(x[:, 2]))
+
+    def test_dropout_is_the_share_that_is_zero(self):
+        ffn = FeedForward(50, dropout=0.3)
+        zeros = (ffn(torch.randn(20, 50, 50)) == 0).float().mean().item()
+        self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 50,000 draws: 0.02 is ten standard errors
+        ffn.eval()
+        self.assertEqual((ffn(torch.randn(2, 5, 50)) == 0).sum(), 0)
+
+    def test_bad_input(self):
+        for arguments in ((0,), (2.0,), (8, 1.0), (8, -0.5), (8, math.nan)):
+            with self.assertRaises(ValueError):
+                FeedForward(*arguments)
+
+
+class TestDecoder(Case):
+    def pair(self):
+        """Ours and torch's post-norm encoder layer with the same weights."""
+        E, H = 12, 3
+        ours = Decoder(H, E, E // H, 16, dropout=0.0)
+        theirs = nn.TransformerEncoderLayer(E, H, 4 * E, dropout=0.0, activation="relu",
+                                            norm_first=False, batch_first=True)
+        with torch.no_grad():  # not the initial ones and zeros, which would hide a swap
+            for parameter in ours.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        names = {"attention.heads.qkv.weight": "self_attn.in_proj_weight",
+                 "attention.heads.qkv.bias": "self_attn.in_proj_bias",
+                 "attention.linear": "self_attn.out_proj", "ffn.expand": "linear1",
+                 "ffn.contract": "linear2"}
+        weights = {}
+        for name, value in ours.state_dict().items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            weights[name] = value
+        theirs.load_state_dict(weights)
+        return ours, theirs
+
+    def test_doctests(self):
+        run_doctests(self, "Decoder")
+
+    def test_equals_torch_forward_and_gradients(self):
+        ours, theirs = self.pair()
+        x1 = torch.randn(2, 7, 12, requires_grad=True)
+        x2 = x1.detach().clone().requires_grad_()
+        mask = nn.Transformer.generate_square_subsequent_mask(7)
+        y1, y2 = ours(x1), theirs(x2, src_mask=mask, is_causal=True)
+        self.assertClose(y1, y2)
+        target = torch.randn(y1.shape)
+        ((y1 - target) ** 2).sum().backward()
+        ((y2 - target) ** 2).sum().backward()
+        self.assertClose(x1.grad, x2.grad, 1e-4)
+        self.assertClose(ours.ffn.expand.weight.grad, theirs.linear1.weight.grad, 1e-4)
+        self.assertClose(ours.norm1.weight.grad, theirs.norm1.weight.grad, 1e-4)
+
+    def test_residuals_carry_the_gradient(self):
+        with_residuals = first_layer_gradient(12, residual=True, norm=False)
+        without = first_layer_gradient(12, residual=False, norm=False)
+        self.assertGreater(with_residuals, 1e10 * without)
+        self.assertGreater(first_layer_gradient(12), 0.5 * first_layer_gradient(1))
+
+
+class TestGPT(Case):
+    def test_doctests(self):
+        run_doctests(self, "GPT")
+
+    def test_equals_torch_stack(self):
+        model = tiny_gpt(emb_size=12, num_heads=3, head_size=4, num_layers=3).eval()
+        x = torch.randint(40, (2, 9))
+        h = model.token_embeddings.embedding.weight[x]
+        h = h + model.positional_embeddings.embedding.weight[:9]
+        mask = nn.Transformer.generate_square_subsequent_mask(9)
+        for ours in model.decoders:
+            theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, batch_first=True).eval()
+            theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(),
+                                            strict=True)))
+            h = theirs(h, src_mask=mask, is_causal=True)
+        self.assertClose(model(x), h @ model.linear.weight.T + model.linear.bias, 1e-4)
+
+    def test_causality(self):
+        model = tiny_gpt().eval()
+        x = torch.randint(40, (1, 12))
+        before = model(x)
+        for t in range(12):
+            changed = x.clone()
+            changed[0, t] = (x[0, t] + 1) % 40
+            after = model(changed)
+            self.assertTrue(torch.equal(before[:, :t], after[:, :t]))
+            self.assertFalse(torch.allclose(before[:, t], after[:, t]))
+
+    def test_initial_loss_is_that_of_a_guess(self):
+        model = GPT(1000, 32, 64, 4, 16, 12)
+        x = torch.randint(1000, (4, 33))
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
+        self.assertAlmostEqual(loss, math.log(1000), delta=0.1)
+        self.assertAlmostEqual(model.decoders[5].ffn.expand.weight.std().item(), 0.02, delta=0.001)
+
+    def test_parameter_count_of_gpt1(self):
+        with torch.device("meta"):
+            model = GPT(40478, 512, 768, 12, 64, 12, device="meta")
+        E, V = 768, 40478  # GPT-1's sizes; 116.5M are its own, the untied last layer is ours
+        gpt1 = V * E + 512 * E + 12 * (4 * E * E + 4 * E + 8 * E * E + 5 * E + 4 * E)
+        self.assertEqual(sum(p.numel() for p in model.parameters()), gpt1 + V * E + V)
+        self.assertEqual(round((gpt1 + V * E + V) / 1e6), 148)
+
+    def test_bad_sizes(self):
+        good = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1)
+        for name in good:
+            for value in (0, -1, 1.5, True, "4"):
+                with self.assertSays(ValueError, name, repr(value)):
+                    GPT(**good | {name: value})
+        for dropout in (-0.1, 1.0, math.nan):
+            with self.assertSays(ValueError, "dropout"):
+                GPT(**good, dropout=dropout)
+        with self.assertSays(ValueError, "max_seq_len", "9"):
+            GPT(**good)(torch.zeros(1, 9, dtype=torch.long))
+
+    def test_no_cuda_call_on_the_cpu(self):
+        with mock.patch("torch.cuda.current_device", side_effect=AssertionError), \
+                mock.patch("torch.cuda.get_rng_state", side_effect=AssertionError):
+            model = tiny_gpt()
+            model.fit(counting_batches(2), counting_batches(1), 1, 1e-3)
+            model.generate(torch.tensor([[1]]), 2, True)
+        self.assertEqual(model.device.type, "cpu")
+
+
+class TestGPTGenerate(Case):
+    def plain_greedy(self, model, x, n):
+        """The textbook loop: the whole window again for each token."""
+        for _ in range(n):
+            logits = model(x[:, -model.sizes["max_seq_len"]:])
+            x = torch.cat([x, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        return x
+
+    def test_cache_gives_the_plain_loops_tokens(self):
+        model = tiny_gpt().eval()
+        for T in (1, 5, 11, 12, 13, 36):  # max_seq_len is 12
+            x = torch.randint(40, (3, T))
+            expected = self.plain_greedy(model, x, 30)
+            for use_cache in (True, False):
+                self.assertTrue(torch.equal(model.generate(x, 30, False, use_cache=use_cache), expected))
+
+    def test_cropping_the_prompt_changes_nothing(self):
+        model = tiny_gpt().eval()
+        x = torch.randint(40, (1, 40))
+        self.assertTrue(torch.equal(model.generate(x, 5, False)[:, 40:],
+                                    model.generate(x[:, -12:], 5, False)[:, 12:]))
+
+    def test_chunked_prefill_equals_whole(self):
+        model = tiny_gpt().eval()
+        x = torch.randint(40, (2, 12))
+        cache = model.new_cache(2)
+        parts = [model.hidden(x[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
+        self.assertClose(torch.cat(parts, 1), model.hidden(x), 1e-4)
+        with self.assertSays(ValueError, "max_seq_len"):
+            model.hidden(x[:, :1], cache)
+
+    def allowed(self, logits, temperature, top_k, top_p):
+        """Brute force: {id: probability} that may be drawn."""
+        p = [math.exp((v - max(logits)) / temperature) for v in logits]
+        order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
+        total = sum(p[i] for i in order)
+        kept, mass = {}, 0.0
+        for i in order:
+            kept[i] = p[i]
+            mass += p[i] / total
+            if mass >= (top_p or 1):
+                break
+        return {i: v / sum(kept.values()) for i, v in kept.items()}
+
+    def test_draws_follow_brute_force(self):
+        logits = [2.0, 1.0, 0.5, -1.0, 1.7, 0.0]
+        n = 20_000
+        generator = torch.Generator().manual_seed(1)
+        for temperature, top_k, top_p in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 99),
+                                                           (None, 0.2, 0.7, 0.95, 1.0)):
+            expected = self.allowed(logits, temperature, top_k, top_p)
+            drawn = next_token(torch.tensor([logits]).expand(n, -1), temperature, top_k, top_p, generator)
+            counts = torch.bincount(drawn, minlength=6)
+            for i in range(6):  # five standard errors: one false alarm in a million or so
+                p = expected.get(i, 0.0)
+                self.assertAlmostEqual(counts[i] / n, p, delta=5 * math.sqrt(p * (1 - p) / n) + 1e-12,
+                                       msg=f"id {i}, {temperature=}, {top_k=}, {top_p=}")
+
+    def test_top_p_keeps_the_token_that_crosses(self):
+        kept = keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.7) > -math.inf
+        self.assertEqual(kept.tolist(), [[True, True, False]])
+        tiny = keep_top_p(torch.randn(5, 40).sort(descending=True).values, 1e-9) > -math.inf
+        self.assertEqual(tiny.sum(1).tolist(), [1] * 5)
+
+    def test_top_k_keeps_exactly_k_even_of_equals(self):
+        values, ids = keep_top_k(torch.zeros(1, 9), 4)
+        self.assertEqual(len(set(ids[0].tolist())), 4)
+        self.assertEqual(keep_top_k(torch.zeros(1, 3), 9)[0].shape, (1, 3))
+
+    def test_temperature(self):
+        model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
+        greedy = model.generate(x, 8, False)
+        for temperature in (0, 0.0, 1e-45, 1e-8):
+            self.assertTrue(torch.equal(model.generate(x, 8, True, temperature), greedy))
+        for bad in (-1, math.nan, math.inf, "1"):
+            with self.assertSays(ValueError, "temperature"):
+                model.generate(x, 1, True, bad)
+
+    def test_bad_arguments(self):
+        model, x = tiny_gpt(), torch.tensor([[1, 2]])
+        for bad in (0, -1, True, 2.0):
+            with self.assertSays(ValueError, "top_k", repr(bad)):
+                model.generate(x, 1, True, top_k=bad)
+        for bad in (0, -0.1, 1.1, math.nan):
+            with self.assertSays(ValueError, "top_p", repr(bad)):
+                model.generate(x, 1, True, top_p=bad)
+        for bad in (-1, 1.5, True):
+            with self.assertSays(ValueError, "max_new_tokens"):
+                model.generate(x, bad, True)
+        for bad in (x[0], x[:, :0], x[:0], x.float(), [[1, 2]]):
+            with self.assertSays(ValueError, "prompt"):
+                model.generate(bad, 1, True)
+        for bad in (40, -1):
+            with self.assertSays(ValueError, f"id {bad}", "0 to 39"):
+                model.generate(torch.tensor([[1, bad]]), 1, True)
+        self.assertTrue(torch.equal(model.generate(x, 0, True), x))
+        self.assertEqual(model.generate(x, 1, True, top_k=10**6).shape, (1, 3))
+
+    def test_stop_token(self):
+        model = tiny_gpt().eval()
+        x = torch.tensor([[3], [7], [11]])
+        free = model.generate(x, 12, False)
+        stop = free[0, 4].item()  # what row 0 says in its fourth step
+        ended = model.generate(x, 12, False, stop_token=stop)
+        for row, expected in zip(ended.tolist(), free.tolist(), strict=True):
+            if stop in expected[1:]:
+                end = expected.index(stop, 1)
+                expected = expected[: end + 1] + [stop] * 99
+            self.assertEqual(row, expected[: len(row)])
+        alone = model.generate(x[:1], 12, False, stop_token=stop)
+        self.assertEqual(alone.shape[1], free[0].tolist().index(stop, 1) + 1)  # nobody left: it ends
+        prompt = torch.cat([torch.tensor([[stop]]), x[:1]], 1)  # in the prompt it doesn't stop
+        self.assertGreater(model.generate(prompt, 3, False, stop_token=39).shape[1], 3)
+
+    def test_rows_are_independent(self):
+        model = tiny_gpt().eval()
+        x = torch.randint(40, (4, 6))
+        together = model.generate(x, 20, False)
+        for n in range(4):
+            self.assertTrue(torch.equal(together[n : n + 1], model.generate(x[n : n + 1], 20, False)))
+
+    def test_leaves_no_trace(self):
+        model = tiny_gpt(dropout=0.5)
+        model.decoders[0].eval()
+        x = torch.tensor([[1, 2]])
+        modes = [module.training for module in model.modules()]
+        state = torch.get_rng_state()
+        draws = [model.generate(x, 9, True, generator=torch.Generator().manual_seed(3))
+                 for _ in range(2)]
+        self.assertTrue(torch.equal(*draws))  # reproducible, and no dropout in it
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+        self.assertEqual(modes, [module.training for module in model.modules()])
+        self.assertEqual(x.tolist(), [[1, 2]])
+        for ids in model.stream(x, 2, False):
+            self.assertFalse(ids.requires_grad)
+            self.assertTrue(torch.is_grad_enabled())
+            self.assertEqual(modes, [module.training for module in model.modules()])
+        model(draws[0]).sum().backward()  # its tokens can be trained on
+
+    def test_stream_is_generate_step_by_step(self):
+        model, x = tiny_gpt().eval(), torch.randint(40, (2, 3))
+        steps = list(model.stream(x, 15, True, generator=torch.Generator().manual_seed(5)))
+        whole = model.generate(x, 15, True, generator=torch.Generator().manual_seed(5))
+        self.assertTrue(torch.equal(torch.stack(steps, 1), whole[:, 3:]))
+        with self.assertRaises(ValueError):
+            model.stream(x, 1, True, top_k=0)  # at the call, not at the first token
+
+    def test_logits_that_are_not_numbers(self):
+        model = tiny_gpt()
+        with torch.no_grad():
+            model.linear.bias[3] = math.nan
+        for do_sample in (True, False):
+            with self.assertSays(ValueError, "not finite"):
+                model.generate(torch.tensor([[1]]), 1, do_sample)
+
+
+class TestGPTFit(Case):
+    def fit(self, batches, valid=None, epochs=1, lr=1e-3, model=None, **options):
+        model = model or tiny_gpt()
+        losses = model.fit(batches, valid or counting_batches(2), epochs, lr, **options)
+        return model, losses
+
+    def test_overfits_one_batch(self):
+        torch.manual_seed(3)
+        batch = torch.randint(40, (4, 9))
+        model = GPT(40, 8, 32, 4, 8, 2, dropout=0.0)
+        _, (losses, _) = self.fit([(batch[:, :-1], batch[:, 1:])], epochs=300, lr=1e-2, model=model,
+                                  weight_decay=0.0)
+        logits = model(batch[:, :-1])
+        self.assertLess(F.cross_entropy(logits[:, 1:].flatten(0, 1), batch[:, 2:].flatten()), 0.05)
+
+    def test_twelve_layers_learn(self):
+        # the unigram plateau of random ids is log(40) = 3.69; leaving it takes attention
+        torch.manual_seed(1)
+        runs = torch.randint(40, (60, 16, 8))
+        batches = [(torch.cat([r, r], 1)[:, :-1], torch.cat([r, r], 1)[:, 1:]) for r in runs]
+        model = GPT(40, 16, 32, 4, 8, 12)
+        _, (train_losses, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=1e-3, model=model)
+        self.assertTrue(all(math.isfinite(loss) for loss in train_losses + valid_losses))
+        self.assertLess(train_losses[-1], train_losses[0])
+
+    def test_step_equals_textbook_adamw(self):
+        model, batches = tiny_gpt(), counting_batches(3)
+        copied = copy.deepcopy(model)
+        self.fit(batches, model=model, max_steps=3, warmup_steps=1, lr=1e-2, grad_clip=0.5)
+        state = [(torch.zeros_like(p), torch.zeros_like(p)) for p in copied.parameters()]
+        for t, (x, y) in enumerate(batches, start=1):
+            loss = -F.log_softmax(copied(x), -1).gather(2, y[..., None]).mean()
+            grads = torch.autograd.grad(loss, list(copied.parameters()))
+            norm = torch.sqrt(sum((g ** 2).sum() for g in grads))
+            lr = 1e-2 * (1.0 if t == 1 else 0.1 + 0.45 * (1 + math.cos(math.pi * (t - 2) / 2)))
+            with torch.no_grad():
+                for p, g, (m, v) in zip(copied.parameters(), grads, state, strict=True):
+                    g = g * min(1, 0.5 / (norm + 1e-6))
+                    m.mul_(0.9).add_(0.1 * g)
+                    v.mul_(0.95).add_(0.05 * g * g)
+                    p.mul_(1 - lr * (0.1 if p.dim() > 1 else 0))  # decay on matrices only
+                    p.sub_(lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8))
+        for ours, theirs in zip(model.parameters(), copied.parameters(), strict=True):
+            self.assertClose(ours, theirs, 1e-5)
+
+    def test_losses_are_what_they_say(self):
+        model, batches = tiny_gpt(), counting_batches(6)
+        seen = []
+        with mock.patch.object(torch.optim.AdamW, "step"):  # the weights stay
+            _, (train_losses, valid_losses) = self.fit(
+                batches, batches[:3], model=model, eval_every=4, on_eval=seen.append)
+        with torch.no_grad():
+            single = [F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() for x, y in batches]
+        self.assertEqual(len(train_losses), 2)
+        self.assertAlmostEqual(train_losses[0], sum(single[:4]) / 4, places=5)
+        self.assertAlmostEqual(train_losses[1], sum(single[4:]) / 2, places=5)
+        self.assertAlmostEqual(valid_losses[1], sum(single[:3]) / 3, places=5)
+        self.assertEqual([(s["step"], s["tokens"], s["best"]) for s in seen],
+                         [(4, 4 * 32, True), (6, 6 * 32, False)])
+
+    def test_validation_counts_tokens_not_batches(self):
+        (x, y), (x2, y2) = counting_batches(2)
+        uneven = [(x, y), (x2[:1], y2[:1])]
+        model, (_, valid_losses) = self.fit([(x, y)], uneven)
+        logits = model.eval()(torch.cat([x, x2[:1]]))
+        expected = F.cross_entropy(logits.flatten(0, 1), torch.cat([y, y2[:1]]).flatten())
+        self.assertAlmostEqual(valid_losses[-1], expected.item(), places=5)
+
+    def test_accumulation_equals_one_big_batch(self):
+        small = counting_batches(7, batch=2)  # windows of 3, 3 and 1 batches
+        small[4] = tuple(ids[:1] for ids in small[4])  # of different sizes, too
+        big = [tuple(map(torch.cat, zip(*small[i : i + 3], strict=True))) for i in (0, 3, 6)]
+        model = tiny_gpt()
+        twin = copy.deepcopy(model)
+        _, losses1 = self.fit(small, model=model, accumulate=3, epochs=2)
+        _, losses2 = self.fit(big, model=twin, epochs=2)
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            self.assertClose(a, b, 1e-5)
+        self.assertEqual(len(losses1[0]), 2)
+        self.assertAlmostEqual(losses1[0][1], losses2[0][1], places=5)
+
+    def test_schedule(self):
+        rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(100)]
+        self.assertEqual(rates[:10], [(step + 1) / 10 for step in range(10)])
+        self.assertEqual(rates[10], 1.0)
+        self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
+        self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
+        self.assertAlmostEqual(rates[99], 0.1, delta=0.001)
+        for warmup in (0, 1, 5, 10**6):  # longer than half of the run: shortened, never an error
+            seen = []
+            self.fit(counting_batches(4), warmup_steps=warmup, eval_every=1, on_eval=seen.append)
+            self.assertAlmostEqual(max(s["learning_rate"] for s in seen), 1e-3)
+
+    def test_any_iterable_will_do(self):
+        batches = counting_batches(6)
+        loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in batches], batch_size=2,
+                                             shuffle=True)
+        for train_loader in (batches, tuple(batches), loader):
+            _, (losses, _) = self.fit(train_loader, valid=loader, epochs=2)
+            self.assertEqual(len(losses), 2)
+        model, (losses, _) = self.fit((b for b in batches), max_steps=5)
+        self.assertEqual(len(losses), 1)
+        with self.assertSays(ValueError, "max_steps"):
+            self.fit(b for b in batches)
+        with self.assertSays(ValueError, "epoch 2", "generator"):
+            self.fit((b for b in batches), max_steps=7)
+        with self.assertSays(ValueError, "valid_loader", "generator"):
+            self.fit(batches, valid=(b for b in batches), epochs=2)
+
+    def test_leaves_no_trace(self):
+        model = tiny_gpt(dropout=0.3).eval()
+        batches = counting_batches(3)
+        before = [(x.clone(), y.clone()) for x, y in batches]
+        self.fit(batches, model=model)
+        self.assertFalse(any(module.training for module in model.modules()))
+        self.assertSame(before, batches)
+        self.assertTrue(all(p.grad is None for p in model.parameters()))
+
+    def test_validation_changes_nothing(self):
+        loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in counting_batches(4)],
+                                             batch_size=2, shuffle=True)  # draws from torch's generator
+        weights = []
+        for eval_every in (None, 1, 3):
+            torch.manual_seed(5)
+            model, _ = self.fit(counting_batches(8), loader, model=tiny_gpt(dropout=0.2),
+                                eval_every=eval_every)
+            weights.append(model.state_dict())
+        self.assertSame(weights[0], weights[1])
+        self.assertSame(weights[0], weights[2])
+
+    def test_not_a_number_stops_before_the_step(self):
+        model, batches = tiny_gpt(), counting_batches(5)
+        before = {}
+
+        def poison(figures):
+            if figures["step"] == 3:
+                with torch.no_grad():
+                    model.linear.bias[5] = math.inf
+                before.update(copy.deepcopy(model.state_dict()))
+
+        with self.assertSays(FloatingPointError, "step 4", "step 3", "learning rate"):
+            self.fit(batches, counting_batches(1), model=model, eval_every=1, on_eval=poison)
+        self.assertSame(before, dict(model.state_dict()))
+        self.assertTrue(all(p.grad is None for p in model.parameters()))
+
+    def test_ids_that_the_model_does_not_have(self):
+        for bad in (40, -1, -100):  # cross_entropy would skip -100 silently
+            for part in (0, 1):
+                batches = counting_batches(2)
+                batches[1][part][2, 3] = bad
+                model = tiny_gpt()
+                with self.assertSays(ValueError, f"id {bad}", "0 to 39"):
+                    self.fit(batches, model=model)
+
+    def test_bad_arguments(self):
+        batches = counting_batches(2)
+        for name, values in {"epochs": (0, -1, 1.5), "lr": (0, -1, math.nan, math.inf),
+                             "max_steps": (0, 2.5), "warmup_steps": (-1, 0.5),
+                             "weight_decay": (-1, math.nan), "grad_clip": (0, -1, math.nan),
+                             "accumulate": (0, 1.5), "eval_every": (0, -3), "dtype": ("fp16", None)}.items():
+            for value in values:
+                full = {"epochs": "num_epochs", "lr": "learning_rate"}.get(name, name)
+                with self.assertSays(ValueError, full, repr(value)):
+                    self.fit(batches, **{name: value})
+
+    def test_dtype(self):
+        with mock.patch("torch.cpu.get_capabilities", return_value={}):
+            self.assertEqual(pick_dtype(torch.device("cpu")), "fp32")
+        for able in ("avx512_bf16", "amx_bf16"):
+            with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
+                self.assertEqual(pick_dtype(torch.device("cpu")), "bf16")
+        with mock.patch("torch.cuda.is_bf16_supported", return_value=False) as asked:
+            self.assertEqual(pick_dtype(torch.device("cuda")), "fp32")
+            asked.assert_called_with(including_emulation=False)
+        self.assertEqual(pick_dtype(torch.device("mps")), "fp32")
+
+    def test_bf16_trains_fp32_weights_to_about_the_same(self):
+        losses = {}
+        for dtype in ("fp32", "bf16"):
+            torch.manual_seed(2)
+            model, (_, valid) = self.fit(counting_batches(40), lr=1e-2, model=GPT(40, 8, 16, 2, 8, 2),
+                                         dtype=dtype, epochs=4)
+            losses[dtype] = valid[-1]
+            self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
+        self.assertLess(losses["fp32"], 1.0)
+        self.assertAlmostEqual(losses["fp32"], losses["bf16"], delta=0.1)
+
+    def test_compile_that_fails_means_eager(self):
+        out = io.StringIO()
+        with mock.patch("torch.compile", side_effect=RuntimeError("no compiler\nlong trace")), \
+                contextlib.redirect_stdout(out):
+            model, losses = self.fit(counting_batches(3), compile=True)
+        self.assertEqual(out.getvalue().count("\n"), 1)
+        self.assertIn("no compiler", out.getvalue())
+        with mock.patch("torch.compile", side_effect=lambda net: lambda x: 1 / 0), \
+                contextlib.redirect_stdout(out):
+            torch.manual_seed(0)
+            tried = self.fit(counting_batches(3), compile=True)
+        torch.manual_seed(0)
+        self.assertEqual(tried[1], self.fit(counting_batches(3))[1])  # the failed try left no trace
+
+    def test_compiled_weights_have_plain_names(self):
+        with mock.patch("torch.compile", side_effect=lambda net: torch._dynamo.OptimizedModule(
+                net, lambda f: f) if False else net):
+            model, _ = self.fit(counting_batches(2), compile=True, checkpoint="c.pt")
+        self.assertEqual(read_file("c.pt")["weights"].keys(), tiny_gpt().state_dict().keys())
+
+    def test_stop_training(self):
+        model = tiny_gpt()
+
+        def stop(figures):
+            model.stop_training = figures["step"] == 2
+
+        _, (losses, _) = self.fit(counting_batches(9), model=model, eval_every=1, on_eval=stop)
+        self.assertEqual(len(losses), 2)
+        _, (losses, _) = self.fit(counting_batches(3), model=model)  # and it trains again
+        self.assertEqual(len(losses), 1)
+
+
+class TestGPTCheckpoint(Case):
+    """FAULTS: what is written can be read, by nobody else, and a run goes on to the bit."""
+
+    STEPS, EVERY = 9, 2
+
+    def loader(self):
+        data = (np.arange(61) * 7) % 40
+        return Batches(GetData(data, 8), 4, seed=3)  # 53 windows: 14 batches, 5 steps an epoch
+
+    def train(self, checkpoint, stop_after=None, steps=STEPS, model=None, **options):
+        """Two epochs of steps of 3 batches, the last of each of 2, dropout on, a DataLoader to validate."""
+        torch.manual_seed(11)
+        model = model or tiny_gpt(dropout=0.2)
+        valid = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in counting_batches(4)], 2,
+                                            shuffle=True)
+        loader = self.loader()
+        if stop_after is not None:  # as a signal would: while the last step runs
+            batch, first = loader.batch, []
+
+            def counted(k):
+                first.append(k)
+                steps_begun = len(model_steps)
+                if steps_begun >= stop_after - 1:
+                    model.stop_training = True
+                return batch(k)
+
+            model_steps = []
+            step = torch.optim.AdamW.step
+
+            def counting_step(optimizer, *args):
+                model_steps.append(1)
+                if len(model_steps) == stop_after:
+                    model.stop_training = True
+                return step(optimizer, *args)
+
+            with mock.patch.object(torch.optim.AdamW, "step", counting_step):
+                losses = model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
+                                   eval_every=self.EVERY, checkpoint=checkpoint, **options)
+            return model, losses
+        return model, model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
+                                eval_every=self.EVERY, checkpoint=checkpoint, **options)
+
+    def test_resume_at_every_step_is_exact(self):
+        _, losses = self.train("whole.pt")
+        whole = read_file("whole.pt")
+        self.assertEqual(whole["run"]["epoch"], 1)
+        for k in range(1, self.STEPS):
+            torch.manual_seed(99)
+            path = f"{k}.pt"
+            self.train(path, stop_after=k)
+            self.assertEqual(read_file(path)["run"]["step"], k)
+            torch.randn(7)
+            _, resumed = self.train(path)
+            self.assertSame(whole, read_file(path), f"stopped after step {k}: ")
+            self.assertEqual(losses, resumed)
+
+    def test_every_saved_state_counts(self):
+        self.train("whole.pt")
+        whole = read_file("whole.pt")
+        self.train("part.pt", stop_after=7)  # in the second epoch, one step after a validation
+        part = read_file("part.pt")
+        fresh = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
+                 "train_losses": [], "valid_losses": [], "dtype": "bf16"}
+        self.assertEqual(fresh.keys(), part["run"].keys())
+        untouched = tiny_gpt(dropout=0.2)
+        changes = [({"run": {**part["run"], key: value}}, key) for key, value in fresh.items()]
+        changes += [({"weights": untouched.state_dict()}, "weights"),
+                    ({"random_states": [{"cpu": torch.get_rng_state()}]}, "random state"),
+                    ({"optimizer": {**part["optimizer"], "state": {
+                        n: {**s, "exp_avg": torch.zeros_like(s["exp_avg"])}
+                        for n, s in part["optimizer"]["state"].items()}}}, "exp_avg"),
+                    ({"optimizer": {**part["optimizer"], "state": {
+                        n: {**s, "step": torch.tensor(1.0)}
+                        for n, s in part["optimizer"]["state"].items()}}}, "optimizer step")]
+        for change, name in changes:
+            torch.save({**part, **change}, "broken.pt")
+            self.train("broken.pt")
+            with self.assertRaises(AssertionError, msg=f"without {name} it is the same"):
+                self.assertSame(whole, read_file("broken.pt"))
+        torch.save(part, "good.pt")
+        self.train("good.pt")
+        self.assertSame(whole, read_file("good.pt"))
+
+    def test_plain_loader_goes_on_at_the_epochs_border(self):
+        loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in counting_batches(8)], 2,
+                                             shuffle=True)
+
+        def fit(checkpoint, stop_at=None):
+            torch.manual_seed(1)
+            model = tiny_gpt(dropout=0.2)
+
+            def stop(figures):
+                model.stop_training = figures["step"] == stop_at
+
+            return model.fit(loader, counting_batches(1), 3, 1e-2, eval_every=1, checkpoint=checkpoint,
+                             on_eval=stop)
+
+        losses = fit("whole.pt")
+        fit("part.pt", stop_at=6)  # in the middle of the second epoch of four steps
+        self.assertEqual(read_file("part.pt")["run"]["step"], 4)
+        self.assertEqual(fit("part.pt"), losses)
+        self.assertSame(read_file("whole.pt"), read_file("part.pt"))
+
+    def test_finished_run_is_left_alone(self):
+        _, losses = self.train("c.pt")
+        before = Path("c.pt").read_bytes()
+        changed = os.stat("c.pt").st_mtime_ns
+        _, again = self.train("c.pt")
+        self.assertEqual((losses, before, changed),
+                         (again, Path("c.pt").read_bytes(), os.stat("c.pt").st_mtime_ns))
+        _, longer = self.train("c.pt", steps=12)
+        self.assertEqual(longer[0][: len(losses[0])], losses[0])
+        self.assertGreater(len(longer[0]), len(losses[0]))
+
+    def test_other_settings_are_refused(self):
+        self.train("c.pt", stop_after=3)
+        before = Path("c.pt").read_bytes()
+        for options, words in (({"weight_decay": 0.2}, ("weight_decay was 0.1, is 0.2",)),
+                               ({"dtype": "bf16"}, ("dtype was fp32, is bf16",)),
+                               ({"model": tiny_gpt(emb_size=32)}, ("emb_size was 16, is 32",))):
+            with self.assertSays(ValueError, "c.pt", *words):
+                self.train("c.pt", **options)
+        tiny_gpt().save("model.pt")
+        with self.assertSays(ValueError, "model.pt", "training"):
+            self.train("model.pt")
+        self.assertEqual(before, Path("c.pt").read_bytes())
+
+    def test_round_trip(self):
+        model = tiny_gpt().eval()
+        model.notes = {"name": "größer", "n": 3}
+        model.save("m.pt")
+        state = torch.get_rng_state()
+        loaded = GPT.load("m.pt")
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+        self.assertFalse(loaded.training)
+        self.assertEqual((loaded.sizes, loaded.notes), (model.sizes, model.notes))
+        x = torch.randint(40, (2, 9))
+        self.assertClose(loaded(x), model(x))
+        self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()))
+        self.assertClose(GPT.load("m.pt", dtype="bf16")(x).float(), model(x), 0.2)
+        loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-3)  # fine-tuning works
+        loaded.save("m2.pt")
+        GPT.load(Path("m2.pt"))
+        with self.assertSays(ValueError, "fp16"):
+            GPT.load("m.pt", dtype="fp16")
+
+    def test_fresh_process_reads_it(self):
+        self.train("c.pt")
+        self.python("-c", "from GPT import GPT; import torch; m = GPT.load('c.pt');"
+                    "print(m.generate(torch.tensor([[1, 2]]), 3, False))")
+
+    def test_broken_files(self):
+        tiny_gpt().save("good.pt")
+        good = Path("good.pt").read_bytes()
+        cases = {"empty": b"", "zeros": bytes(len(good)), "text": b"hello\n" * 50,
+                 "random": random.randbytes(len(good)),
+                 **{f"cut at {p} %": good[: len(good) * p // 100] for p in (10, 50, 99)}}
+        for name, content in cases.items():
+            Path("bad.pt").write_bytes(content)
+            with self.subTest(name), self.assertSays(ValueError, "bad.pt", "train"):
+                GPT.load("bad.pt")
+        os.mkdir("folder.pt")
+        with self.assertSays(ValueError, "folder.pt"):
+            GPT.load("folder.pt")
+        with self.assertSays(FileNotFoundError, "missing.pt", "train"):
+            GPT.load("missing.pt")
+        torch.save({"some": "dict"}, "other.pt")
+        with self.assertSays(ValueError, "other.pt", "format"):
+            GPT.load("other.pt")
+
+    def test_one_flipped_bit(self):
+        model = tiny_gpt(num_layers=1, emb_size=8, head_size=2)
+        model.save("good.pt")
+        good, weights = Path("good.pt").read_bytes(), dict(model.state_dict())
+        refused = 0
+        places = random.sample(range(len(good)), 400)
+        for place in places:
+            bad = bytearray(good)
+            bad[place] ^= 1 << random.randrange(8)
+            Path("bad.pt").write_bytes(bad)
+            try:
+                loaded = GPT.load("bad.pt")
+            except ValueError:
+                refused += 1
+            else:  # it hit padding
+                self.assertSame(weights, dict(loaded.state_dict()), f"byte {place}: ")
+                self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
+        self.assertGreater(refused, len(places) / 4)
+
+    def test_malicious_pickle(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, ("pwned",)
+
+        torch.save({"format": 1, "sizes": Evil()}, "evil.pt")
+        with self.assertSays(ValueError, "evil.pt"):
+            GPT.load("evil.pt")
+        self.assertFalse(Path("pwned").exists())
+        for name in MODULES:  # nowhere in the code
+            self.assertNotIn("weights_only=" + "False", (HERE / f"{name}.py").read_text("utf-8"))
+
+    def test_sizes_and_weights_that_disagree(self):
+        tiny_gpt().save("m.pt")
+        saved = read_file("m.pt")
+        for name, value in {"vocab_size": 41, "emb_size": 24, "max_seq_len": 13, "num_layers": 3,
+                            "num_heads": 4, "head_size": 4}.items():
+            torch.save({**saved, "sizes": {**saved["sizes"], name: value}}, "bad.pt")
+            with self.assertSays(ValueError, "bad.pt", f"'{name}': {value}" if "head" in name else
+                                 f"{name}={value}"):
+                GPT.load("bad.pt")
+        del saved["weights"]["linear.bias"]
+        torch.save(saved, "bad.pt")
+        with self.assertSays(ValueError, "linear.bias", "missing"):
+            GPT.load("bad.pt")
+
+    def test_failed_save_leaves_the_old_file(self):
+        model = tiny_gpt()
+        model.save("m.pt")
+        before = Path("m.pt").read_bytes()
+
+        def half(content, file):
+            file.write(b"half")
+            raise RuntimeError("pulled the plug")
+
+        with mock.patch("torch.save", half), self.assertSays(RuntimeError, "pulled"):
+            model.save("m.pt")
+        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
+
+    @unittest.skipUnless(Path("/dev/full").exists(), "no /dev/full here")
+    def test_full_disk(self):
+        model = tiny_gpt()
+        model.save("m.pt")
+        before = Path("m.pt").read_bytes()
+        os.symlink("/dev/full", "m.pt.tmp")
+        with self.assertSays(OSError, "No space left", "m.pt"):
+            model.save("m.pt")
+        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
+        code = ("import resource, signal; from GPT import GPT; m = GPT.load('m.pt');"
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+                "try: m.save('m.pt')\nexcept OSError as error: print(error)")
+        self.assertRegex(self.python("-c", code), "too large.*m.pt")
+        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
+
+    def test_killed_at_any_moment_of_a_save(self):
+        tiny_gpt().save("m.pt")
+        code = ("from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
+                "while True: m.save('m.pt')")
+        for _ in range(3):
+            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                                     env={**os.environ, "PYTHONPATH": str(HERE)})
+            child.stdout.readline()
+            time.sleep(random.random() / 5)
+            child.kill()
+            child.communicate()
+            GPT.load("m.pt")
+        Path("c.pt.tmp").write_bytes(b"left by a killed save")
+        self.train("c.pt", steps=1)
+        self.assertFalse(Path("c.pt.tmp").exists())
+
+
+class TestGetData(Case):
+    def test_doctests(self):
+        run_doctests(self, "GetData")
+
+    def test_every_window_of_every_kind_of_data(self):
+        ids = random.sample(range(1000), 23)
+        np.save("ids.npy", np.array(ids, dtype=np.uint16))
+        for data in (ids, tuple(ids), np.array(ids), np.array(ids, dtype=np.uint32), torch.tensor(ids),
+                     np.load("ids.npy", mmap_mode="r")):
+            for T, stride in itertools.product((1, 4, 22), (1, 3, 4, 50)):
+                dataset = GetData(data, T, stride=stride)
+                starts = range(0, len(ids) - T, stride)
+                self.assertEqual(len(dataset), len(starts))
+                for i, start in enumerate(starts):
+                    x, y = dataset[i]
+                    self.assertEqual((x.dtype, y.dtype), (torch.int64, torch.int64))
+                    self.assertEqual(x.tolist(), ids[start : start + T])
+                    self.assertEqual(y.tolist(), ids[start + 1 : start + T + 1])
+        self.assertEqual(len(GetData(ids, 5)), len(ids) - 5)
+        self.assertEqual(GetData(ids, 5)[-1][1][-1], ids[-1])
+        with self.assertRaises(IndexError):
+            GetData(ids, 5)[18]
+
+    def test_nothing_is_copied(self):
+        array, tensor = np.arange(100), torch.arange(100)
+        self.assertTrue(np.shares_memory(GetData(array, 5).data, array))
+        self.assertTrue(np.shares_memory(GetData(tensor, 5).data, tensor.numpy()))
+        self.assertEqual(GetData(np.full(9, 65535, np.uint16), 5)[0][0].max(), 65535)
+
+    def test_a_memmap_is_not_read_whole(self):
+        size = 2_000_000_000
+        with open("big.npy", "wb") as file:  # sparse: 4 GB that take no room on the disk
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<u2", "fortran_order": False, "shape": (size,)})
+            file.truncate(file.tell() + 2 * size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
+        for k in range(20):
+            batches.batch(k)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
+
+    def test_dataloader_takes_it(self):
+        loader = torch.utils.data.DataLoader(GetData(list(range(50)), 8), batch_size=4)
+        x, y = next(iter(loader))
+        self.assertEqual((x.shape, y[0, 0].item()), ((4, 8), 1))
+
+    def test_shuffle_is_a_permutation(self):
+        for n in (1, 2, 3, 4, 5, 16, 17, 100, 1025):
+            seen = set()
+            for key in range(3):
+                order = shuffled(np.arange(n), n, seed=7, key=key)
+                self.assertEqual(sorted(order.tolist()), list(range(n)))
+                seen.add(tuple(order))
+            self.assertGreater(len(seen), 1 if n > 2 else 0)
+        far = shuffled(np.arange(1000), 10_000_000_000, 0, 0)  # no table of 80 GB
+        self.assertEqual((len(set(far.tolist())), far.min() >= 0, far.max() < 10**10), (1000, True, True))
+
+    def test_shuffle_is_even(self):
+        n, bins = 100_000, 50
+        for indices in (np.arange(5000), np.arange(0, n, 20)):  # the first ones; every 20th
+            counts = np.bincount(shuffled(indices, n, 1, 2) * bins // n, minlength=bins)
+            chi2 = ((counts - 100) ** 2 / 100).sum()  # 49 degrees of freedom
+            self.assertLess(chi2, 100)  # odds of more: 1 in 40,000
+        pairs = shuffled(np.arange(n), n, 1, 2)
+        self.assertLess(abs(np.corrcoef(pairs[:-1], pairs[1:])[0, 1]), 0.016)  # 5 standard errors
+
+    def test_batches(self):
+        dataset = GetData(np.arange(27), 4)  # 23 windows
+        train = Batches(dataset, 5, seed=2)
+        self.assertEqual(len(train), 5)
+        firsts = [x[0].item() for k in range(23) for x in train.batch(k)[0]]
+        for turn in range(5):  # 23 batches of 5 are 5 whole turns
+            self.assertEqual(sorted(firsts[23 * turn : 23 * turn + 23]), list(range(23)))
+        self.assertNotEqual(firsts[:23], firsts[23:46])
+        self.assertSame([train.batch(k) for k in range(5)], list(Batches(dataset, 5, seed=2)))
+        self.assertNotEqual(firsts[:5], Batches(dataset, 5, seed=3).batch(0)[0][:, 0].tolist())
+        valid = Batches(dataset, 5)
+        self.assertEqual([len(x) for x, _ in valid], [5, 5, 5, 5, 3])
+        self.assertEqual([x[0].item() for xs, _ in valid for x in xs], list(range(23)))
+        tiny = Batches(GetData(np.arange(6), 4), 5, seed=2)  # 2 windows for a batch of 5
+        self.assertEqual(tiny.batch(3)[0].shape, (5, 4))
+
+    def test_ranks_share_a_batch(self):
+        dataset = GetData(np.arange(60), 4)
+        for seed in (1, None):
+            for k in range(7):
+                whole = Batches(dataset, 8, seed).batch(k)[0][:, 0].tolist()
+                parts = [Batches(dataset, 8, seed, rank, 2).batch(k)[0][:, 0].tolist() for rank in (0, 1)]
+                self.assertEqual(sorted(whole), sorted(parts[0] + parts[1]))
+        with self.assertSays(ValueError, "batch_size=5", "2 processes"):
+            Batches(dataset, 5, 1, 0, 2)
+
+    def test_bad_input(self):
+        with self.assertSays(ValueError, "5 tokens", "= 6"):
+            GetData(list(range(5)), 5)
+        for data in ([], [1.5, 2.5, 3.5], np.zeros((5, 5), int), torch.zeros(9)):
+            with self.assertRaises(ValueError):
+                GetData(data, 2)
+        for name, value in (("seq_len", 0), ("seq_len", 2.0), ("stride", 0), ("stride", True)):
+            with self.assertSays(ValueError, name, repr(value)):
+                GetData(list(range(9)), **{"seq_len": 2, name: value})
+        with self.assertSays(ValueError, "batch_size=0"):
+            Batches(GetData(list(range(9)), 2), 0)
+
+
+def main(names):
+    """Run the classes of these files, or all."""
+    chosen = [case for name, case in globals().items() if name.startswith("Test")
+              and (not names or any(name.lower().startswith(f"test{n.lower()}") for n in names))]
+    if not chosen:
+        sys.exit(f"no tests for {', '.join(names)}; there are {', '.join(MODULES)}")
+    suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, chosen))
+    return not unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(suite).wasSuccessful()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
