@@ -566,14 +566,13 @@ class TestGPTFit(Case):
         self.assertLess(F.cross_entropy(logits[:, 1:].flatten(0, 1), batch[:, 2:].flatten()), 0.05)
 
     def test_twelve_layers_learn(self):
-        # the unigram plateau of random ids is log(40) = 3.69; leaving it takes attention
+        # the second half of each row repeats the first: who finds out needs 1.7 nats in place of 3.7
         torch.manual_seed(1)
-        runs = torch.randint(40, (60, 16, 8))
-        batches = [(torch.cat([r, r], 1)[:, :-1], torch.cat([r, r], 1)[:, 1:]) for r in runs]
+        rows = torch.randint(40, (100, 16, 8)).repeat(1, 1, 2)
+        batches = [(row[:, :-1], row[:, 1:]) for row in rows]
         model = GPT(40, 16, 32, 4, 8, 12)
-        _, (train_losses, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=1e-3, model=model)
-        self.assertTrue(all(math.isfinite(loss) for loss in train_losses + valid_losses))
-        self.assertLess(train_losses[-1], train_losses[0])
+        _, (_, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=3e-3, model=model)
+        self.assertLess(valid_losses[-1], 2.8)
 
     def test_step_equals_textbook_adamw(self):
         model, batches = tiny_gpt(), counting_batches(3)
@@ -592,8 +591,9 @@ class TestGPTFit(Case):
                     v.mul_(0.95).add_(0.05 * g * g)
                     p.mul_(1 - lr * (0.1 if p.dim() > 1 else 0))  # decay on matrices only
                     p.sub_(lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8))
-        for ours, theirs in zip(model.parameters(), copied.parameters(), strict=True):
-            self.assertClose(ours, theirs, 1e-5)
+        for ours, theirs, (_, v) in zip(model.parameters(), copied.parameters(), state, strict=True):
+            real = v.sqrt() > 1e-5  # a key's bias has no gradient but noise, which Adam blows up
+            self.assertClose(ours[real], theirs[real], 1e-4)  # a step moves weights by 1e-2
 
     def test_losses_are_what_they_say(self):
         model, batches = tiny_gpt(), counting_batches(6)
@@ -622,14 +622,18 @@ class TestGPTFit(Case):
         small = counting_batches(7, batch=2)  # windows of 3, 3 and 1 batches
         small[4] = tuple(ids[:1] for ids in small[4])  # of different sizes, too
         big = [tuple(map(torch.cat, zip(*small[i : i + 3], strict=True))) for i in (0, 3, 6)]
-        model = tiny_gpt()
-        twin = copy.deepcopy(model)
-        _, losses1 = self.fit(small, model=model, accumulate=3, epochs=2)
-        _, losses2 = self.fit(big, model=twin, epochs=2)
-        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        model, grads = tiny_gpt(), []
+
+        def keep_gradients(optimizer):
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+        with mock.patch.object(torch.optim.AdamW, "step", keep_gradients):
+            _, losses1 = self.fit(small, model=model, accumulate=3)
+            _, losses2 = self.fit(big, model=model)
+        self.assertEqual(len(grads), 6)
+        for a, b in zip(grads[:3], grads[3:], strict=True):
             self.assertClose(a, b, 1e-5)
-        self.assertEqual(len(losses1[0]), 2)
-        self.assertAlmostEqual(losses1[0][1], losses2[0][1], places=5)
+        self.assertAlmostEqual(losses1[0][0], losses2[0][0], places=5)
 
     def test_schedule(self):
         rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(100)]
@@ -1059,14 +1063,14 @@ class TestGetData(Case):
         self.assertEqual(GetData(np.full(9, 65535, np.uint16), 5)[0][0].max(), 65535)
 
     def test_a_memmap_is_not_read_whole(self):
-        size = 2_000_000_000
-        with open("big.npy", "wb") as file:  # sparse: 4 GB that take no room on the disk
+        size = 500_000_000
+        with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no room on the disk
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "<u2", "fortran_order": False, "shape": (size,)})
             file.truncate(file.tell() + 2 * size)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
-        for k in range(20):
+        for k in range(5):
             batches.batch(k)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
