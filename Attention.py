@@ -79,7 +79,7 @@ class HeadAttention(nn.Module):
     """Masked self-attention: one head, or several of the same size side by side.
 
     emb_size: E; head_size: D; max_seq_len: the longest sequence; num_heads: H, 1 by default.
-    The heads share one matrix product: head h owns the columns h·D … (h+1)·D-1 of Q, of K and of V.
+    The heads share one matrix product: head h owns the columns h·D … (h+1)·D-1 of Q, K and V.
     """
 
     def __init__(self, emb_size: int, head_size: int, max_seq_len: int, num_heads: int = 1):
@@ -148,7 +148,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E). Cache and errors: see HeadAttention.forward.
 
-        >>> MultiHeadAttention(2, emb_size=8, head_size=3, max_seq_len=16)(torch.zeros(1, 5, 8)).shape
+        >>> layer = MultiHeadAttention(num_heads=2, emb_size=8, head_size=3, max_seq_len=16)
+        >>> layer(torch.zeros(1, 5, 8)).shape
         torch.Size([1, 5, 8])
         """
         return self.dropout(self.linear(self.heads(x, cache)))  # (B, T, H·D) -> (B, T, E)
@@ -156,3 +157,76 @@ class MultiHeadAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Who looks at whom: (B, T, E) -> (B, H, T, T)."""
         return self.heads.weights(x)
+
+
+def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) -> None:
+    """Draw the weights of all heads of one layer, (H, T, T), side by side; labels: the T tokens."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("No picture: it needs matplotlib (pip install matplotlib)")
+        return
+    H, T = len(weights), len(labels)
+    columns = min(H, 3)
+    rows = -(-H // columns)
+    side = 1.2 + 0.16 * T  # inches
+    figure, grid = plt.subplots(rows, columns, figsize=(columns * side, rows * side), squeeze=False,
+                                layout="constrained", facecolor="white")
+    for h, axes in enumerate(grid.flat):
+        if h >= H:
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(weights[h], cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(f"head {h}", fontsize=10)
+        axes.set_xticks(range(T), labels, rotation=90, fontsize=8, family="monospace", parse_math=False)
+        axes.set_yticks(range(T), labels, fontsize=8, family="monospace", parse_math=False)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"drawn: {path}")
+
+
+def draw_trained(out: str, sentence: str, layer: int, path: str) -> None:
+    """Draw what one layer of the model in the folder `out` looks at in a sentence."""
+    from pathlib import Path
+
+    from BPE import BPE
+    from GPT import GPT
+
+    model, bpe = GPT.load(f"{out}/model.pt"), BPE.load(f"{out}/tokenizer.json")
+    ids = bpe.encode(sentence)[: model.sizes["max_seq_len"]]
+    layer = min(layer, model.sizes["num_layers"] - 1)
+    with torch.no_grad():
+        h = model.token_embeddings(torch.tensor([ids])) + model.positional_embeddings(len(ids))
+        for decoder in model.decoders[:layer]:
+            h = decoder(h)
+        weights = model.decoders[layer].attention.weights(h)[0]  # (1, T, E) -> (H, T, T)
+    Path(path).parent.mkdir(exist_ok=True)
+    draw_attention(weights, [bpe.show_id(i) for i in ids], path,
+                   f"Layer {layer}: how much each token (row) looks at each (column)")
+
+
+def demo() -> None:
+    """Print who looks at whom in a sentence; draw the heads of a trained model if there is one."""
+    from pathlib import Path
+
+    words = "the cat and the dog and the bird".split()
+    names = sorted(set(words))
+    x = 2.5 * torch.eye(len(names))[[names.index(word) for word in words]]  # (T, D), one-hot
+    _, weights = attention(x, x, x, causal_mask(len(words), len(words), like=x))
+    print("Who looks at whom, in percent? Question = label = the word itself, so each word finds its\n"
+          "like. A row sums to 100; right of the diagonal lies the future, which the mask hides.\n")
+    print("      " + "".join(f"{word:>6}" for word in words))
+    for t, (word, row) in enumerate(zip(words, weights, strict=True)):
+        print(f"{word:>6}" + "".join(f"{100 * w:6.0f}" for w in row[: t + 1]))
+    print("\nA trained head makes its questions and labels from x with the matrices that it learned.")
+    if Path("out/model.pt").exists() and Path("out/tokenizer.json").exists():
+        draw_trained("out", "If the condition is false, the else clause is executed.", 0,
+                     "assets/attention.png")
+    else:
+        print("python train.py trains some; run this again then, and it draws them.")
+
+
+if __name__ == "__main__":
+    demo()

@@ -99,7 +99,7 @@ def draw_similarity(vectors: Tensor, path: str) -> None:
 
 
 def demo() -> None:
-    """Print two tiny tables and their sum; draw the positions of a trained model if there is one."""
+    """Print two tiny tables and their sum; draw the positions of a trained model if it is there."""
     from pathlib import Path
 
     torch.manual_seed(0)

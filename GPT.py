@@ -6,8 +6,8 @@
     loss   = mean over all positions of -log softmax(logits)[next token]
 
 That is GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training",
-section 3.1, equations 1 and 2), with three deviations: ReLU for GELU, a last layer of its own in place
-of the token table used again, and no dropout on the attention weights.
+section 3.1, equations 1 and 2), with three deviations: ReLU for GELU, a last layer of its own in
+place of the token table used again, and no dropout on the attention weights.
 
 Does not know: text, bytes, tokenizer, data files, signals. Needs: torch, tqdm, Embeddings.py,
 Decoder.py (and with it Attention.py and FFN.py).
@@ -46,7 +46,7 @@ class GPT(nn.Module):
     num_heads: H; head_size: D; num_layers: how many Decoder blocks; dropout: 0 <= dropout < 1.
     ValueError, naming the argument, if one of them is out of range.
 
-    >>> model = GPT(vocab_size=50, max_seq_len=16, emb_size=8, num_heads=2, head_size=4, num_layers=3)
+    >>> model = GPT(50, max_seq_len=16, emb_size=8, num_heads=2, head_size=4, num_layers=3)
     >>> model(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 50])
     """
@@ -129,7 +129,9 @@ class GPT(nn.Module):
         """As generate, but yields the next ids, (B,), as soon as they are there."""
         if not isinstance(x, Tensor) or x.dim() != 2 or x.numel() == 0 or x.dtype != torch.int64:
             got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row and one token")
+            raise ValueError(
+                f"prompt {got}: give ids (B, T), int64, at least one row and one token"
+            )
         _check_ids(x, self.sizes["vocab_size"])
         _check_whole("max_new_tokens", max_new_tokens, at_least=0)
         if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
@@ -152,8 +154,9 @@ class GPT(nn.Module):
         ids = torch.cat([x, x.new_zeros(B, max_new_tokens)], dim=1)
         finished = torch.zeros(B, dtype=torch.bool, device=x.device)
         cache = self.new_cache(B) if use_cache and T <= max_seq_len else None
+        modules = list(self.modules())
         for end in range(T, T + max_new_tokens):  # ids[:, :end] are known
-            with torch.no_grad(), _mode(self, train=False):
+            with torch.inference_mode(), _mode(modules, train=False):
                 if cache is not None and end <= max_seq_len:
                     h = self.hidden(ids[:, cache[0].length : end], cache)
                 else:  # the window moves, so every token gets another position and nothing cached
@@ -163,7 +166,7 @@ class GPT(nn.Module):
                 new = new.masked_fill(finished, stop_token)
                 finished |= new == stop_token
             ids[:, end] = new
-            yield new
+            yield ids[:, end].clone()  # an ordinary tensor, which may be trained on
             if stop_token is not None and finished.all():
                 return
 
@@ -204,11 +207,17 @@ class GPT(nn.Module):
             if not value > 0:
                 raise ValueError(f"{name}={value!r}: pick a number above 0")
         if not (0 < learning_rate < math.inf and 0 <= weight_decay < math.inf):
-            raise ValueError(f"learning_rate={learning_rate!r}, weight_decay={weight_decay!r}: pick "
-                             f"finite numbers, the first above 0, the second 0 or more")
-        epoch_steps = -(-len(train_loader) // accumulate) if hasattr(train_loader, "__len__") else None
-        if epoch_steps is None and max_steps is None:
+            raise ValueError(
+                f"learning_rate={learning_rate!r}, weight_decay={weight_decay!r}: pick "
+                f"finite numbers, the first above 0, the second 0 or more"
+            )
+        epoch_steps = None
+        if hasattr(train_loader, "__len__"):
+            epoch_steps = -(-len(train_loader) // accumulate)
+        elif max_steps is None:
             raise ValueError("max_steps=None and a train_loader without a length: give max_steps")
+        if epoch_steps == 0:
+            raise ValueError("the train_loader has no batch: give it more text or smaller batches")
         total_steps = max_steps or num_epochs * epoch_steps
         if warmup_steps is None:
             warmup_steps = max(100, total_steps // 10)
@@ -225,8 +234,7 @@ class GPT(nn.Module):
         if compile and run["step"] < total_steps:
             training.compile()
         seekable = hasattr(train_loader, "batch")
-        self.stop_training = False
-        with training.bar(total_steps) as bar, _mode(self, train=True):
+        with training.bar(total_steps) as bar, _mode(self.modules(), train=True):
             while run["step"] < total_steps and not self.stop_training:
                 for window, last in _windows(train_loader, run["epoch"], run["batch"], accumulate):
                     training.step(window, learning_rate_at(run["step"], learning_rate, warmup_steps,
@@ -247,19 +255,20 @@ class GPT(nn.Module):
                     self.stop_training = stop
                     if done or stop:
                         break
+        self.stop_training = False
         return run["train_losses"], run["valid_losses"]
 
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write weights, constructor arguments and notes to one file, atomically; OSError if not."""
+        """Write weights, constructor arguments and notes to one file; OSError if it fails."""
         _write(path, {"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
                       "weights": self.state_dict()})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu",
              dtype: str = "fp32") -> "GPT":
-        """Read what save() wrote: a model in eval mode. dtype="bf16" halves the bytes of its weights.
+        """Read what save() wrote: a model in eval mode. dtype="bf16" halves the bytes of weights.
 
         ValueError if the file is damaged or not one of ours, FileNotFoundError if it isn't there.
         """
@@ -345,6 +354,21 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def pick_device(device: str = "auto") -> str:
+    """"auto": cuda, mps or cpu, the first that is there. ValueError for a device that isn't."""
+    if device == "auto":
+        return ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f'DEVICE={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
+            f"for the fastest that works here"
+        ) from None
+    return device
+
+
 def pick_dtype(device: torch.device, dtype: str = "auto") -> str:
     """What fit computes in: "fp32" or "bf16". "auto": bf16 where the hardware has it natively."""
     if dtype in DTYPES:
@@ -378,8 +402,9 @@ class _Training:
              {"params": vectors, "weight_decay": 0.0}],
             lr=learning_rate, betas=(0.9, 0.95), fused=self.device.type in ("cpu", "cuda"))
         # all that counts for going on, in plain values
-        self.run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
-                    "train_losses": [], "valid_losses": [], "dtype": pick_dtype(self.device, dtype)}
+        self.run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0,
+                    "loss_steps": 0, "train_losses": [], "valid_losses": [],
+                    "dtype": pick_dtype(self.device, dtype)}
         self._start_clock()
 
     def autocast(self):
@@ -413,8 +438,8 @@ class _Training:
         if not math.isfinite(loss + norm):
             self.optimizer.zero_grad()
             raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {norm}; the weights are still those of step "
-                f"{step - 1}. Lower the learning rate, lengthen the warm-up, or look at the data"
+                f"step {step}: loss {loss}, gradient norm {norm}; the weights are still those of "
+                f"step {step - 1}. Lower the learning rate, lengthen the warm-up, look at the data"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -432,15 +457,17 @@ class _Training:
         run, speed = self.run, self.tokens_per_second()
         train_loss, steps = self._sum(run["loss_sum"], run["loss_steps"])
         total, tokens = 0.0, 0
-        with _mode(self.model, train=False), torch.no_grad(), _random_untouched():
+        with _mode(self.model.modules(), train=False), torch.no_grad(), _random_untouched():
             for x, y in tqdm(valid_loader, desc="validate", leave=False, disable=self.rank != 0):
                 if y.numel():
                     total += self.loss(self.model, x, y).item()
                     tokens += y.numel()
         total, tokens = self._sum(total, tokens)
         if not tokens:
-            raise ValueError("no batch from the valid_loader: the held-out text is too short, or it is "
-                             "a generator, which can be read only once; give a list or a DataLoader")
+            raise ValueError(
+                "no batch from the valid_loader: the held-out text is too short, or it is "
+                "a generator, which can be read only once; give a list or a DataLoader"
+            )
         best = min(run["valid_losses"], default=math.inf)
         run["train_losses"].append(train_loss / steps)
         run["valid_losses"].append(total / tokens)
@@ -468,8 +495,10 @@ class _Training:
         """Go on from a checkpoint; ValueError, before anything is changed, if it doesn't belong."""
         saved = read_file(path)
         if "optimizer" not in saved:
-            raise ValueError(f"{path}: a model without the state of its training; it can't be gone on "
-                             f"with. Give another name as the checkpoint")
+            raise ValueError(
+                f"{path}: a model without the state of its training; it can't be gone on "
+                f"with. Give another name as the checkpoint"
+            )
         _check_weights(path, saved)
         was = saved["sizes"] | saved["settings"] | {"processes": len(saved["random_states"])}
         now = self.model.sizes | settings | {"processes": self.ranks}
@@ -496,7 +525,8 @@ class _Training:
                 self.loss(net, x, x).backward()
             self.net = net
         except Exception as error:  # whatever a compiler may throw
-            print(f"torch.compile doesn't work here, going on without: {str(error).splitlines()[0]}")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"torch.compile doesn't work here, going on without: {reason}")
         self.optimizer.zero_grad()
 
     def any_rank(self, stop: bool) -> bool:
@@ -528,7 +558,7 @@ class _Training:
 
 def _windows(loader: Iterable, epoch: int, first: int,
              accumulate: int) -> Iterator[tuple[list[tuple[Tensor, Tensor]], bool]]:
-    """The batches of one step each, and whether they are the epoch's last; from batch `first` on."""
+    """From batch `first` on: the batches of one step each, and whether they end the epoch."""
     if hasattr(loader, "batch"):
         n = len(loader)
         batches = map(loader.batch, range(epoch * n + first, (epoch + 1) * n))
@@ -547,9 +577,9 @@ def _windows(loader: Iterable, epoch: int, first: int,
 
 
 @contextmanager
-def _mode(model: nn.Module, train: bool) -> Iterator[None]:
+def _mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
     """Switch to train or eval mode, and back to what each module was in."""
-    others = [module for module in model.modules() if module.training != train]
+    others = [module for module in modules if module.training != train]
     for module in others:
         module.training = train
     try:
@@ -608,7 +638,7 @@ def _write(path: str | os.PathLike, content: dict) -> None:
 
 
 def read_file(path: str | os.PathLike) -> dict:
-    """Read a file that _write wrote. No pickled code runs; a flipped bit is found by the zip's CRC."""
+    """Read what _write wrote. No pickled code runs; the zip's CRC finds a flipped bit."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; train a model first (python train.py)")
     remedy = "use another copy of it, or train anew"
@@ -618,10 +648,13 @@ def read_file(path: str | os.PathLike) -> dict:
         if damaged is None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen kinds on a broken file
-        raise ValueError(f"{path}: not a model file, or damaged ({error}); {remedy}"[:500]) from error
+        raise ValueError(
+            f"{path}: not a model file, or damaged ({error}); {remedy}"[:500]
+        ) from error
     if damaged is not None:
         raise ValueError(f"{path}: damaged, its part {damaged} is not as written; {remedy}")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    parts = {"sizes", "notes", "weights"}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or parts - content.keys():
         raise ValueError(f"{path}: not a model file of format {FORMAT}; {remedy}")
     return content
 
@@ -644,3 +677,40 @@ def _check_weights(path: str | os.PathLike, saved: dict) -> None:
             got = tuple(weights[name].shape) if name in weights else "missing"
             raise ValueError(f"{path}: {name} is {got}, its sizes {sizes} ask for "
                              f"{tuple(weight.shape)}; the file was put together from two models")
+
+
+def demo() -> None:
+    """A tiny net learns a language of numbers, writes it, and top-p cuts its choice."""
+    torch.manual_seed(0)
+    shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # +1, +2, +3, +4 to the number before, modulo 20
+    best = -(shares * shares.log()).sum().item()
+    skips = 1 + shares.multinomial(220 * 32 * 17, replacement=True).view(220, 32, 17)
+    runs = (torch.randint(20, (220, 32, 1)) + skips.cumsum(-1)) % 20  # (batches, B, T + 1)
+    batches = [(run[:, :-1], run[:, 1:]) for run in runs]
+    model = GPT(vocab_size=20, max_seq_len=16, emb_size=32, num_heads=4, head_size=8, num_layers=2,
+                dropout=0.0)
+    seen: list[dict] = []
+    model.fit(batches[20:], batches[:20], 1, 5e-3, warmup_steps=30, eval_every=20, on_eval=seen.append)
+    print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4 an\n"
+          f"eighth each. Who guesses blindly has a loss of ln 20 = {math.log(20):.2f}; who knows it "
+          f"all, {best:.2f}.\n")
+    for figures in seen:
+        loss = figures["valid_loss"]
+        print(f"  step {figures['step']:3d}   loss {loss:.2f}  " + "#" * round(20 * loss))
+    prompt = torch.tensor([[7]])
+    for name, do_sample in (("greedy, it counts", False), ("drawn, it skips", True)):
+        ids = model.generate(prompt, 12, do_sample)[0].tolist()
+        print(f"\n  {name + ':':18} {' '.join(map(str, ids))}", end="")
+    p = 0.8
+    with torch.no_grad():
+        logits, ids = model(prompt)[0, -1:].sort(descending=True)  # (1, V), best first
+    kept = keep_top_p(logits, p).softmax(dim=-1)[0].tolist()
+    print(f"\n\nWhat comes after 7, and what top_p={p} leaves of it:\n")
+    for n, (before, after) in enumerate(zip(logits.softmax(dim=-1)[0].tolist(), kept, strict=True)):
+        if n < 7:
+            print(f"  {ids[0, n]:2d}  {before:6.1%} {'#' * round(30 * before):18} -> {after:6.1%} "
+                  + "#" * round(30 * after))
+
+
+if __name__ == "__main__":
+    demo()

@@ -103,7 +103,7 @@ class Batches:
         if self.seed is None:
             indices = indices[indices < n]
         else:
-            rounds = indices // n  # a batch may contain the end of one pass and the start of the next
+            rounds = indices // n  # a batch may hold the end of one pass and the start of the next
             indices = np.concatenate([shuffled(indices[rounds == r] % n, n, self.seed, int(r))
                                       for r in np.unique(rounds)])
         return self.dataset.windows(indices)
@@ -112,9 +112,9 @@ class Batches:
 def shuffled(indices: np.ndarray, n: int, seed: int, key: int) -> np.ndarray:
     """Where a shuffle of 0 … n-1, number `key` of that seed, puts these indices.
 
-    The shuffle is computed, not stored: ten billion windows need no table of 80 GB. A Feistel network
-    of 6 rounds (Luby and Rackoff 1988) permutes the numbers below the next power of 4; who lands
-    outside of 0 … n-1 goes through again until inside ("cycle walking", Black and Rogaway 2002).
+    The shuffle is computed, not stored: ten billion windows need no table of 80 GB. A Feistel
+    network of 6 rounds (Luby and Rackoff 1988) permutes the numbers below the next power of 4;
+    what lands outside of 0 … n-1 goes through again ("cycle walking", Black and Rogaway 2002).
 
     >>> sorted(shuffled(np.arange(5), n=5, seed=0, key=0).tolist())
     [0, 1, 2, 3, 4]

@@ -1,7 +1,7 @@
 """sample.py: what the trained net writes. Edit the constants, then: python sample.py
 
-Loads the best model of the run in OUT_DIR and its tokenizer, and prints what it makes of PROMPT, token
-by token. Train first: python train.py
+Loads the best model of the run in OUT_DIR and its tokenizer, and prints what it makes of PROMPT,
+token by token. Train first: python train.py
 """
 
 import codecs
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from BPE import BPE
-from GPT import GPT
+from GPT import GPT, pick_device
 
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
@@ -21,8 +21,8 @@ PROMPT = ""            # how the text begins; "": as a new document of the train
 NUM_SAMPLES = 1        # continuations of the prompt, made side by side
 MAX_NEW_TOKENS = 300   # the length of each, in tokens; it may end earlier, where a document would
 TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: more daring
-TOP_K = 50             # draw from the k likeliest tokens only; None: from all
-TOP_P = 0.95           # draw from the likeliest tokens with this probability together; None: from all
+TOP_K = 50             # draw from the k likeliest tokens only; None: from all of them
+TOP_P = 0.95           # draw from the likeliest that have this probability together; None: from all
 SEED = 1337            # another seed, another text; None: another text each time
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
 # ------------------------------------------------------------------------------------------------
@@ -34,19 +34,20 @@ def main() -> None:
     out = Path(OUT_DIR)
     for file in (out / "model.pt", out / "tokenizer.json"):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: run python train.py first, or set OUT_DIR to "
-                                    f"the folder of a finished run")
+            raise FileNotFoundError(
+                f"{file} is not there: run python train.py first, or set OUT_DIR to "
+                f"the folder of a finished run"
+            )
     if NUM_SAMPLES < 1:
         raise ValueError(f"NUM_SAMPLES={NUM_SAMPLES!r}: pick a whole number, 1 or more")
-    device = DEVICE
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+    device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
     if model.notes.get("tokenizer_sha256") != hashlib.sha256(
             (out / "tokenizer.json").read_bytes()).hexdigest():
-        raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} was "
-                         f"trained with: put the right one there, or train anew")
+        raise ValueError(
+            f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} was "
+            f"trained with: put the right one there, or train anew"
+        )
     bpe = BPE.load(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
@@ -72,7 +73,8 @@ def main() -> None:
     for row in rows[1:]:
         end = row.index(end_token) if end_token in row else len(row)
         print("-" * 80 + "\n" + PROMPT + bpe.decode(row[:end]))
-    print(f"\n[{NUM_SAMPLES * len(rows[0])} tokens, {NUM_SAMPLES * len(rows[0]) / seconds:,.0f} tokens/s]")
+    made = NUM_SAMPLES * len(rows[0])
+    print(f"\n[{made} tokens, {made / seconds:,.0f} tokens/s]")
 
 
 if __name__ == "__main__":

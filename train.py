@@ -1,8 +1,8 @@
 """train.py: from a text to a GPT that writes such text. Edit the constants, then: python train.py
 
-It holds back the end of the text, trains a tokenizer on the rest, trains the net, validates it on the
-held-out part as it goes, and prints a sample. Stop it whenever you like (Ctrl-C, a power cut): run
-again, it goes on where it was. On several processes: torchrun --nproc_per_node=2 train.py
+It holds back the end of the text, trains a tokenizer on the rest, trains the net, validates it on
+the held-out part as it goes, and prints a sample. Stop it whenever you like (Ctrl-C, a power cut):
+run again, it goes on where it was. On several processes: torchrun --nproc_per_node=2 train.py
 """
 
 import csv
@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from BPE import BPE, read_text
 from GetData import Batches, GetData
-from GPT import GPT, pick_dtype, read_file
+from GPT import GPT, pick_device, pick_dtype, read_file
 
 # ------------------------------------------------------------------------------------------------
-DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's reference documentation
+DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
 OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, figures
 
 VOCAB_SIZE = 1024      # V: tokens the tokenizer learns; at least 257; more for more text
@@ -56,18 +56,25 @@ END = "<|endoftext|>"  # the special token between two documents
 
 def main() -> None:
     started = time.perf_counter()
+    if not isinstance(MAX_STEPS, int) or MAX_STEPS < 1:
+        raise ValueError(f"MAX_STEPS={MAX_STEPS!r}: pick a whole number, 1 or more")
     rank, ranks = join_group()
     out = Path(OUT_DIR)
     checkpoint = out / "checkpoint.pt"
     documents = find_documents()
-    settings = {
-        "DATA": fingerprint(documents), "VOCAB_SIZE": VOCAB_SIZE, "MAX_SEQ_LEN": MAX_SEQ_LEN,
-        "EMB_SIZE": EMB_SIZE, "NUM_HEADS": NUM_HEADS, "HEAD_SIZE": HEAD_SIZE,
-        "NUM_LAYERS": NUM_LAYERS, "DROPOUT": DROPOUT, "BATCH_SIZE": BATCH_SIZE,
-        "ACCUMULATE": ACCUMULATE, "LEARNING_RATE": LEARNING_RATE, "WARMUP_STEPS": WARMUP_STEPS,
-        "WEIGHT_DECAY": WEIGHT_DECAY, "EVAL_EVERY": EVAL_EVERY, "SEED": SEED, "DEVICE": DEVICE,
-        "DTYPE": DTYPE, "COMPILE": COMPILE, "MAX_STEPS": MAX_STEPS, "processes": ranks}
-    say = print if rank == 0 else (lambda *_, **__: None)
+    device = torch.device(pick_device(DEVICE))
+    dtype = pick_dtype(device, DTYPE)
+    bpe = BPE(VOCAB_SIZE, special_tokens=(END,))
+    sizes = (MAX_SEQ_LEN, EMB_SIZE, NUM_HEADS, HEAD_SIZE, NUM_LAYERS, DROPOUT)
+    with torch.device("meta"):  # a net without numbers: wrong sizes are told before a run is moved
+        GPT(VOCAB_SIZE, *sizes, device="meta")
+    names = (
+        "VOCAB_SIZE MAX_SEQ_LEN EMB_SIZE NUM_HEADS HEAD_SIZE NUM_LAYERS DROPOUT BATCH_SIZE "
+        "ACCUMULATE MAX_STEPS LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY EVAL_EVERY SEED DEVICE DTYPE COMPILE"
+    ).split()
+    settings = {name: globals()[name] for name in names}
+    settings |= {"DATA": fingerprint(documents), "processes": ranks}
+    say = print if rank == 0 else (lambda *_: None)
 
     if rank == 0:
         open_folder(out, settings)
@@ -80,10 +87,10 @@ def main() -> None:
         if rank == 0:
             report(out)
         return
-    device = torch.device(saved["notes"]["device"] if saved else pick_device())
-    dtype = saved["run"]["dtype"] if saved else pick_dtype(device, DTYPE)
-    if rank == 0 and not saved:
-        prepare_data(out, documents)
+    if saved:  # what "auto" was
+        device, dtype = torch.device(pick_device(saved["notes"]["device"])), saved["run"]["dtype"]
+    elif rank == 0:
+        prepare_data(out, documents, bpe)
     if ranks > 1:
         dist.barrier()
         if device.type == "cuda":
@@ -93,26 +100,31 @@ def main() -> None:
     valid_ids = np.load(out / "valid.npy", mmap_mode="r")
     valid_bytes = sum(map(size, documents)) - split_point(documents)
     if min(len(train_ids), len(valid_ids)) < MAX_SEQ_LEN + 1:
-        raise ValueError(f"{len(train_ids)} tokens to train on and {len(valid_ids)} held out, but a "
-                         f"window takes MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a "
-                         f"smaller MAX_SEQ_LEN")
+        raise ValueError(
+            f"{len(train_ids)} tokens to train on and {len(valid_ids)} held out, but a "
+            f"window takes MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a "
+            f"smaller MAX_SEQ_LEN"
+        )
 
     torch.manual_seed(SEED)
-    model = GPT(len(bpe), MAX_SEQ_LEN, EMB_SIZE, NUM_HEADS, HEAD_SIZE, NUM_LAYERS, DROPOUT, device)
+    model = GPT(len(bpe), *sizes, device)
     model.notes = {"settings": settings, "device": device.type if DEVICE == "auto" else DEVICE,
                    "tokenizer_sha256": sha256(out / "tokenizer.json")}
     if saved and saved["notes"]["tokenizer_sha256"] != model.notes["tokenizer_sha256"]:
-        raise ValueError(f"{out / 'tokenizer.json'} is not the one that {checkpoint} was trained with: "
-                         f"put it back, or rename {OUT_DIR} to start anew")
+        raise ValueError(f"{out / 'tokenizer.json'} is not the one that {checkpoint} was trained "
+                         f"with: put it back, or rename {OUT_DIR} to start anew")
     torch.manual_seed(SEED + rank)  # every process drops other activations
     train = Batches(GetData(train_ids, MAX_SEQ_LEN), BATCH_SIZE, SEED, rank, ranks)
-    valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=MAX_SEQ_LEN), BATCH_SIZE, None, rank, ranks)
+    valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=MAX_SEQ_LEN), BATCH_SIZE, None,
+                    rank, ranks)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters:,} parameters on {device}, {dtype}, {ranks} process{'es'[:2 * (ranks > 1)]}; "
+    say(f"net: {parameters:,} parameters on {device}, {dtype}, processes: {ranks}; "
         f"{len(train_ids):,} tokens to train on, {len(valid_ids):,} held out")
     if saved:
         say(f"going on after step {saved['run']['step']} of {MAX_STEPS}")
-    rows = cut_metrics(out / "metrics.csv", saved["run"]["step"] if saved else 0) if rank == 0 else []
+    rows = []
+    if rank == 0:
+        rows = cut_metrics(out / "metrics.csv", saved["run"]["step"] if saved else 0)
     before = float(rows[-1]["seconds"]) if rows else 0.0
 
     def on_eval(figures: dict) -> None:
@@ -120,8 +132,9 @@ def main() -> None:
         rows.append({
             "step": figures["step"], "tokens": figures["tokens"],
             "seconds": f"{before + time.perf_counter() - started:.1f}",
-            "train_loss": f"{figures['train_loss']:.4f}", "valid_loss": f"{figures['valid_loss']:.4f}",
-            "valid_bits_per_byte": f"{bits:.4f}", "learning_rate": f"{figures['learning_rate']:.3g}",
+            "train_loss": f"{figures['train_loss']:.4f}",
+            "valid_loss": f"{figures['valid_loss']:.4f}", "valid_bits_per_byte": f"{bits:.4f}",
+            "learning_rate": f"{figures['learning_rate']:.3g}",
             "tokens_per_second": f"{figures['tokens_per_second']:.0f}"})
         append_metrics(out / "metrics.csv", rows[-1])
         if figures["best"]:
@@ -129,8 +142,8 @@ def main() -> None:
 
     with stop_on_signal(model) as stopped:
         model.fit(train, valid, 1, LEARNING_RATE, max_steps=MAX_STEPS, warmup_steps=WARMUP_STEPS,
-                  weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY, dtype=dtype,
-                  compile=COMPILE, checkpoint=checkpoint, on_eval=on_eval)
+                  weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
+                  dtype=dtype, compile=COMPILE, checkpoint=checkpoint, on_eval=on_eval)
     if ranks > 1:
         dist.destroy_process_group()
     if stopped:
@@ -158,8 +171,8 @@ def find_documents() -> list[Path] | list[bytes]:
              ([DATA_FILE] if isinstance(DATA_FILE, (str, os.PathLike)) else DATA_FILE)]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"DATA_FILE: there is no file {file} in {Path.cwd()}; give the path "
-                                    f"of a text file, or None for Python's own documentation")
+            raise FileNotFoundError(f"DATA_FILE: there is no file {file} in {Path.cwd()}; give the "
+                                    f"path of a text file, or None for Python's documentation")
     if sum(map(size, files)) == 0:
         raise ValueError(f"DATA_FILE={DATA_FILE!r} is empty: give a file with text in it")
     return files
@@ -208,7 +221,8 @@ def split_point(documents: list[Path] | list[bytes]) -> int:
             file.seek(point)
             rest = file.read(4096)
     line = rest.find(b"\n", 0, total // 100) + 1
-    character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)  # UTF-8: a first byte
+    # UTF-8: all bytes of a character but its first are 10xxxxxx
+    character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
     return before + point + (line or character)
 
 
@@ -259,11 +273,11 @@ def open_folder(out: Path, settings: dict) -> None:
     print(f"{OUT_DIR} holds another run ({why}): it is kept as {aside}; starting anew")
 
 
-def prepare_data(out: Path, documents: list[Path] | list[bytes]) -> None:
+def prepare_data(out: Path, documents: list[Path] | list[bytes], bpe: BPE) -> None:
     """Train the tokenizer on the first 90 % of the text; write the ids of both parts."""
     split, total = split_point(documents), sum(map(size, documents))
     print(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} bytes held out")
-    bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
+    bpe.fit(pieces(documents, 0, split))
     bpe.save(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
     bpe.encode_file(pieces(documents, 0, split, end_token), out / "train.npy")
@@ -301,22 +315,9 @@ def join_group() -> tuple[int, int]:
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if pick_device() == "cuda" else "gloo",
+    dist.init_process_group("nccl" if pick_device(DEVICE) == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
     return dist.get_rank(), ranks
-
-
-def pick_device() -> str:
-    """The name of the device to use; ValueError if DEVICE names one that isn't there."""
-    if DEVICE == "auto":
-        return ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=DEVICE)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"DEVICE={DEVICE!r}: {str(error).splitlines()[0]}; pick \"cpu\", or \"auto\" for "
-                         f"the fastest that works here") from None
-    return DEVICE
 
 
 @contextmanager
@@ -346,8 +347,9 @@ def report(out: Path) -> None:
     with open(out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     best = min(rows, key=lambda row: float(row["valid_loss"]))
+    losses = f"{best['valid_loss']} nats per token, {best['valid_bits_per_byte']} bits per byte"
     print(f"""
-best validation loss  {best["valid_loss"]} nats per token, {best["valid_bits_per_byte"]} bits per byte
+best validation loss  {losses}
                       at step {best["step"]} of {rows[-1]["step"]}, {int(best["tokens"]):,} tokens
 time                  {rows[-1]["seconds"]} s, {int(rows[-1]["tokens_per_second"]):,} tokens/s
 best model            {out / "model.pt"}
