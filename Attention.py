@@ -187,8 +187,8 @@ def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) ->
     print(f"drawn: {path}")
 
 
-def draw_trained(out: str, sentence: str, layer: int, path: str) -> None:
-    """Draw what one layer of the model in the folder `out` looks at in a sentence."""
+def draw_trained(out: str, sentence: str, path: str) -> None:
+    """Of the model in the folder `out`, draw the layer that chooses most sharply in a sentence."""
     from pathlib import Path
 
     from BPE import BPE
@@ -196,22 +196,23 @@ def draw_trained(out: str, sentence: str, layer: int, path: str) -> None:
 
     model, bpe = GPT.load(f"{out}/model.pt"), BPE.load(f"{out}/tokenizer.json")
     ids = bpe.encode(sentence)[: model.sizes["max_seq_len"]]
-    layer = min(layer, model.sizes["num_layers"] - 1)
+    layers = []
     with torch.no_grad():
         h = model.token_embeddings(torch.tensor([ids])) + model.positional_embeddings(len(ids))
-        for decoder in model.decoders[:layer]:
+        for decoder in model.decoders:
+            layers.append(decoder.attention.weights(h)[0])  # (1, T, E) -> (H, T, T)
             h = decoder(h)
-        weights = model.decoders[layer].attention.weights(h)[0]  # (1, T, E) -> (H, T, T)
+    sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
     Path(path).parent.mkdir(exist_ok=True)
-    draw_attention(weights, [bpe.show_id(i) for i in ids], path,
-                   f"Layer {layer}: how much each token (row) looks at each (column)")
+    draw_attention(layers[sharpest], bpe.show(sentence).split("|")[: len(ids)], path,
+                   f"Layer {sharpest + 1} of {len(layers)}: how much each token (row) looks at each (column)")
 
 
 def demo() -> None:
     """Print who looks at whom in a sentence; draw the heads of a trained model if there is one."""
     from pathlib import Path
 
-    words = "the cat and the dog and the bird".split()
+    words = ["the", "cat", "and", "the", "dog", "and", "the", "bird"]
     names = sorted(set(words))
     x = 2.5 * torch.eye(len(names))[[names.index(word) for word in words]]  # (T, D), one-hot
     _, weights = attention(x, x, x, causal_mask(len(words), len(words), like=x))
@@ -222,7 +223,7 @@ def demo() -> None:
         print(f"{word:>6}" + "".join(f"{100 * w:6.0f}" for w in row[: t + 1]))
     print("\nA trained head makes its questions and labels from x with the matrices that it learned.")
     if Path("out/model.pt").exists() and Path("out/tokenizer.json").exists():
-        draw_trained("out", "If the condition is false, the else clause is executed.", 0,
+        draw_trained("out", "If the condition is false, the else clause is executed.",
                      "assets/attention.png")
     else:
         print("python train.py trains some; run this again then, and it draws them.")

@@ -231,12 +231,13 @@ class GPT(nn.Module):
             _leftover(checkpoint).unlink(missing_ok=True)  # of a save that was killed
             if Path(checkpoint).exists():
                 training.resume(checkpoint, settings, dtype)
-        if compile and run["step"] < total_steps:
-            training.compile()
         seekable = hasattr(train_loader, "batch")
         with training.bar(total_steps) as bar, _mode(self.modules(), train=True):
             while run["step"] < total_steps and not self.stop_training:
                 for window, last in _windows(train_loader, run["epoch"], run["batch"], accumulate):
+                    if compile:
+                        training.compile(window)
+                        compile = False
                     training.step(window, learning_rate_at(run["step"], learning_rate, warmup_steps,
                                                            total_steps))
                     run["epoch"], run["batch"] = ((run["epoch"] + 1, 0) if last else
@@ -516,13 +517,12 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
-    def compile(self) -> None:
-        """Switch to torch.compile if one step of it works here; otherwise say so and stay eager."""
+    def compile(self, window: list[tuple[Tensor, Tensor]]) -> None:
+        """Switch to torch.compile if it works on this window; otherwise say so and stay eager."""
         try:
             net = torch.compile(self.net)
             with _random_untouched():
-                x = torch.zeros(2, self.model.sizes["max_seq_len"], dtype=torch.long)
-                self.loss(net, x, x).backward()
+                self.loss(net, *window[0]).backward()
             self.net = net
         except Exception as error:  # whatever a compiler may throw
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -684,19 +684,20 @@ def demo() -> None:
     torch.manual_seed(0)
     shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # +1, +2, +3, +4 to the number before, modulo 20
     best = -(shares * shares.log()).sum().item()
-    skips = 1 + shares.multinomial(220 * 32 * 17, replacement=True).view(220, 32, 17)
-    runs = (torch.randint(20, (220, 32, 1)) + skips.cumsum(-1)) % 20  # (batches, B, T + 1)
+    skips = 1 + shares.multinomial(165 * 16 * 17, replacement=True).view(165, 16, 17)
+    runs = (torch.randint(20, (165, 16, 1)) + skips.cumsum(-1)) % 20  # (batches, B, T + 1)
     batches = [(run[:, :-1], run[:, 1:]) for run in runs]
     model = GPT(vocab_size=20, max_seq_len=16, emb_size=32, num_heads=4, head_size=8, num_layers=2,
                 dropout=0.0)
     seen: list[dict] = []
-    model.fit(batches[20:], batches[:20], 1, 5e-3, warmup_steps=30, eval_every=20, on_eval=seen.append)
+    model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20, on_eval=seen.append)
     print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4 an\n"
-          f"eighth each. Who guesses blindly has a loss of ln 20 = {math.log(20):.2f}; who knows it "
-          f"all, {best:.2f}.\n")
+          f"eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}. Who knows all that has "
+          f"{best:.2f}:\nthe part of the bar marked = is chance, and nobody can learn it.\n")
     for figures in seen:
         loss = figures["valid_loss"]
-        print(f"  step {figures['step']:3d}   loss {loss:.2f}  " + "#" * round(20 * loss))
+        print(f"  step {figures['step']:3d}   loss {loss:.2f}  " + "=" * round(20 * best)
+              + "#" * round(20 * (loss - best)))
     prompt = torch.tensor([[7]])
     for name, do_sample in (("greedy, it counts", False), ("drawn, it skips", True)):
         ids = model.generate(prompt, 12, do_sample)[0].tolist()
