@@ -177,9 +177,10 @@ def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) ->
             axes.set_axis_off()
             continue
         image = axes.imshow(weights[h], cmap="Blues", vmin=0, vmax=1)
-        axes.set_title(f"head {h}", fontsize=10)
-        axes.set_xticks(range(T), labels, rotation=90, fontsize=8, family="monospace", parse_math=False)
-        axes.set_yticks(range(T), labels, fontsize=8, family="monospace", parse_math=False)
+        axes.set_title(f"head {h + 1}", fontsize=10)
+        font = {"fontsize": 8, "family": "monospace", "parse_math": False}
+        axes.set_xticks(range(T), labels, rotation=90, **font)
+        axes.set_yticks(range(T), labels, **font)
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
     figure.savefig(path, dpi=120)
@@ -204,8 +205,8 @@ def draw_trained(out: str, sentence: str, path: str) -> None:
             h = decoder(h)
     sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
     Path(path).parent.mkdir(exist_ok=True)
-    draw_attention(layers[sharpest], bpe.show(sentence).split("|")[: len(ids)], path,
-                   f"Layer {sharpest + 1} of {len(layers)}: how much each token (row) looks at each (column)")
+    title = f"Layer {sharpest + 1} of {len(layers)}: how much a token (row) looks at each (column)"
+    draw_attention(layers[sharpest], bpe.show(sentence).split("|")[: len(ids)], path, title)
 
 
 def demo() -> None:
@@ -216,12 +217,12 @@ def demo() -> None:
     names = sorted(set(words))
     x = 2.5 * torch.eye(len(names))[[names.index(word) for word in words]]  # (T, D), one-hot
     _, weights = attention(x, x, x, causal_mask(len(words), len(words), like=x))
-    print("Who looks at whom, in percent? Question = label = the word itself, so each word finds its\n"
+    print("Who looks at whom, in percent? Query = key = the word itself, so each word finds its\n"
           "like. A row sums to 100; right of the diagonal lies the future, which the mask hides.\n")
     print("      " + "".join(f"{word:>6}" for word in words))
     for t, (word, row) in enumerate(zip(words, weights, strict=True)):
         print(f"{word:>6}" + "".join(f"{100 * w:6.0f}" for w in row[: t + 1]))
-    print("\nA trained head makes its questions and labels from x with the matrices that it learned.")
+    print("\nA trained head makes its queries and keys from x with the matrices that it learned.")
     if Path("out/model.pt").exists() and Path("out/tokenizer.json").exists():
         draw_trained("out", "If the condition is false, the else clause is executed.",
                      "assets/attention.png")

@@ -682,7 +682,7 @@ def _check_weights(path: str | os.PathLike, saved: dict) -> None:
 def demo() -> None:
     """A tiny net learns a language of numbers, writes it, and top-p cuts its choice."""
     torch.manual_seed(0)
-    shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # +1, +2, +3, +4 to the number before, modulo 20
+    shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # of steps of +1, +2, +3, +4, modulo 20
     best = -(shares * shares.log()).sum().item()
     skips = 1 + shares.multinomial(165 * 16 * 17, replacement=True).view(165, 16, 17)
     runs = (torch.randint(20, (165, 16, 1)) + skips.cumsum(-1)) % 20  # (batches, B, T + 1)
@@ -690,10 +690,11 @@ def demo() -> None:
     model = GPT(vocab_size=20, max_seq_len=16, emb_size=32, num_heads=4, head_size=8, num_layers=2,
                 dropout=0.0)
     seen: list[dict] = []
-    model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20, on_eval=seen.append)
-    print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4 an\n"
-          f"eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}. Who knows all that has "
-          f"{best:.2f}:\nthe part of the bar marked = is chance, and nobody can learn it.\n")
+    model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20,
+              on_eval=seen.append)
+    print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4\n"
+          f"an eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}. Who knows all\n"
+          f"that has {best:.2f}: the part of the bar marked = is chance; nobody can learn it.\n")
     for figures in seen:
         loss = figures["valid_loss"]
         print(f"  step {figures['step']:3d}   loss {loss:.2f}  " + "=" * round(20 * best)

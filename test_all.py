@@ -6,6 +6,7 @@ Each class tests one file against something that isn't ours: torch's own layers,
 a ten-line textbook version. Plain pytest runs the same tests.
 """
 
+import ast
 import contextlib
 import copy
 import csv
@@ -13,6 +14,7 @@ import doctest
 import importlib
 import io
 import itertools
+import json
 import math
 import os
 import random
@@ -23,8 +25,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+import unicodedata
 import unittest
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -33,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import BPE as bpe_file
 import sample
 import train
 from Attention import HeadAttention, KVCache, MultiHeadAttention, attention, causal_mask
-from BPE import BPE
+from BPE import BPE, CUT, GPT2_PATTERN, GPT4_PATTERN, Splitter, read_text
 from Decoder import Decoder, first_layer_gradient
 from Embeddings import PositionalEmbeddings, TokenEmbeddings
 from FFN import FeedForward
@@ -90,11 +96,22 @@ class Case(unittest.TestCase):
 
     def python(self, *arguments, code=0, **options):
         """Run Python in the folder with our files importable; returns what it printed."""
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8",
-                       **options.pop("env", {})}
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
-                              encoding="utf-8", env=environment, cwd=self.folder, timeout=240,
-                              **options)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(HERE),
+            "PYTHONIOENCODING": "utf-8",
+            **options.pop("env", {}),
+        }
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            cwd=self.folder,
+            timeout=240,
+            **options,
+        )
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
         return done.stdout + done.stderr
 
@@ -106,8 +123,15 @@ def run_doctests(case, name):
 
 
 def tiny_gpt(**changes):
-    sizes = dict(vocab_size=40, max_seq_len=12, emb_size=16, num_heads=2, head_size=8, num_layers=2,
-                 dropout=0.0)
+    sizes = dict(
+        vocab_size=40,
+        max_seq_len=12,
+        emb_size=16,
+        num_heads=2,
+        head_size=8,
+        num_layers=2,
+        dropout=0.0,
+    )
     model = GPT(**sizes | changes)
     with torch.no_grad():  # weights large enough for lively logits
         for parameter in model.parameters():
@@ -179,7 +203,7 @@ class TestAttention(Case):
         bq, bk, bv = head.qkv.bias.chunk(3)
         for b, t in itertools.product(range(2), range(5)):  # the definition, one token at a time
             q = Wq @ x[b, t] + bq
-            scores = torch.stack([q @ (Wk @ x[b, s] + bk) / 4 ** 0.5 for s in range(t + 1)])
+            scores = torch.stack([q @ (Wk @ x[b, s] + bk) / 4**0.5 for s in range(t + 1)])
             expected = sum(p * (Wv @ x[b, s] + bv) for s, p in enumerate(scores.softmax(0)))
             self.assertClose(out[b, t], expected)
 
@@ -191,8 +215,9 @@ class TestAttention(Case):
         for h in range(H):
             one = HeadAttention(E, D, 8)
             rows = torch.cat([torch.arange(h * D, (h + 1) * D) + part * H * D for part in range(3)])
-            one.qkv.load_state_dict({"weight": many.heads.qkv.weight[rows],
-                                     "bias": many.heads.qkv.bias[rows]})
+            one.qkv.load_state_dict(
+                {"weight": many.heads.qkv.weight[rows], "bias": many.heads.qkv.bias[rows]}
+            )
             outs.append(one(x))
         self.assertClose(many(x), many.linear(torch.cat(outs, -1)))
 
@@ -200,10 +225,14 @@ class TestAttention(Case):
         E, H = 12, 3
         ours = MultiHeadAttention(H, E, E // H, 8, dropout=0.0)
         theirs = nn.MultiheadAttention(E, H, batch_first=True)
-        theirs.load_state_dict({"in_proj_weight": ours.heads.qkv.weight,
-                                "in_proj_bias": ours.heads.qkv.bias,
-                                "out_proj.weight": ours.linear.weight,
-                                "out_proj.bias": ours.linear.bias})
+        theirs.load_state_dict(
+            {
+                "in_proj_weight": ours.heads.qkv.weight,
+                "in_proj_bias": ours.heads.qkv.bias,
+                "out_proj.weight": ours.linear.weight,
+                "out_proj.bias": ours.linear.bias,
+            }
+        )
         x1 = torch.randn(2, 7, E, requires_grad=True)
         x2 = x1.detach().clone().requires_grad_()
         mask = torch.ones(7, 7).triu(1).bool()
@@ -288,15 +317,19 @@ class TestDecoder(Case):
         """Ours and torch's post-norm encoder layer with the same weights."""
         E, H = 12, 3
         ours = Decoder(H, E, E // H, 16, dropout=0.0)
-        theirs = nn.TransformerEncoderLayer(E, H, 4 * E, dropout=0.0, activation="relu",
-                                            norm_first=False, batch_first=True)
+        theirs = nn.TransformerEncoderLayer(
+            E, H, 4 * E, dropout=0.0, activation="relu", norm_first=False, batch_first=True
+        )
         with torch.no_grad():  # not the initial ones and zeros, which would hide a swap
             for parameter in ours.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-        names = {"attention.heads.qkv.weight": "self_attn.in_proj_weight",
-                 "attention.heads.qkv.bias": "self_attn.in_proj_bias",
-                 "attention.linear": "self_attn.out_proj", "ffn.expand": "linear1",
-                 "ffn.contract": "linear2"}
+        names = {
+            "attention.heads.qkv.weight": "self_attn.in_proj_weight",
+            "attention.heads.qkv.bias": "self_attn.in_proj_bias",
+            "attention.linear": "self_attn.out_proj",
+            "ffn.expand": "linear1",
+            "ffn.contract": "linear2",
+        }
         weights = {}
         for name, value in ours.state_dict().items():
             for old, new in names.items():
@@ -341,8 +374,9 @@ class TestGPT(Case):
         mask = nn.Transformer.generate_square_subsequent_mask(9)
         for ours in model.decoders:
             theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, batch_first=True).eval()
-            theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(),
-                                            strict=True)))
+            theirs.load_state_dict(
+                dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True))
+            )
             h = theirs(h, src_mask=mask, is_causal=True)
         self.assertClose(model(x), h @ model.linear.weight.T + model.linear.bias, 1e-4)
 
@@ -387,8 +421,10 @@ class TestGPT(Case):
             GPT(**good)(torch.zeros(1, 9, dtype=torch.long))
 
     def test_no_cuda_call_on_the_cpu(self):
-        with mock.patch("torch.cuda.current_device", side_effect=AssertionError), \
-                mock.patch("torch.cuda.get_rng_state", side_effect=AssertionError):
+        with (
+            mock.patch("torch.cuda.current_device", side_effect=AssertionError),
+            mock.patch("torch.cuda.get_rng_state", side_effect=AssertionError),
+        ):
             model = tiny_gpt()
             model.fit(counting_batches(2), counting_batches(1), 1, 1e-3)
             model.generate(torch.tensor([[1]]), 2, True)
@@ -399,7 +435,7 @@ class TestGPTGenerate(Case):
     def plain_greedy(self, model, x, n):
         """The textbook loop: the whole window again for each token."""
         for _ in range(n):
-            logits = model(x[:, -model.sizes["max_seq_len"]:])
+            logits = model(x[:, -model.sizes["max_seq_len"] :])
             x = torch.cat([x, logits[:, -1].argmax(-1, keepdim=True)], 1)
         return x
 
@@ -416,8 +452,11 @@ class TestGPTGenerate(Case):
     def test_cropping_the_prompt_changes_nothing(self):
         model = tiny_gpt().eval()
         x = torch.randint(40, (1, 40))
-        self.assertTrue(torch.equal(model.generate(x, 5, False)[:, 40:],
-                                    model.generate(x[:, -12:], 5, False)[:, 12:]))
+        self.assertTrue(
+            torch.equal(
+                model.generate(x, 5, False)[:, 40:], model.generate(x[:, -12:], 5, False)[:, 12:]
+            )
+        )
 
     def test_chunked_prefill_equals_whole(self):
         model = tiny_gpt().eval()
@@ -445,8 +484,9 @@ class TestGPTGenerate(Case):
         logits = [2.0, 1.0, 0.5, -1.0, 1.7, 0.0]
         n = 20_000
         generator = torch.Generator().manual_seed(1)
-        for temperature, top_k, top_p in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 99),
-                                                           (None, 0.2, 0.7, 0.95, 1.0)):
+        for temperature, top_k, top_p in itertools.product(
+            (0.5, 1.0, 2.0), (None, 1, 3, 99), (None, 0.2, 0.7, 0.95, 1.0)
+        ):
             expected = self.allowed(logits, temperature, top_k, top_p)
             drawn = next_token(
                 torch.tensor([logits]).expand(n, -1), temperature, top_k, top_p, generator
@@ -534,8 +574,9 @@ class TestGPTGenerate(Case):
         x = torch.tensor([[1, 2]])
         modes = [module.training for module in model.modules()]
         state = torch.get_rng_state()
-        draws = [model.generate(x, 9, True, generator=torch.Generator().manual_seed(3))
-                 for _ in range(2)]
+        draws = [
+            model.generate(x, 9, True, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        ]
         self.assertTrue(torch.equal(*draws))  # reproducible, and no dropout in it
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
         self.assertEqual(modes, [module.training for module in model.modules()])
@@ -574,8 +615,9 @@ class TestGPTFit(Case):
         torch.manual_seed(3)
         batch = torch.randint(40, (4, 9))
         model = GPT(40, 8, 32, 4, 8, 2, dropout=0.0)
-        _, (losses, _) = self.fit([(batch[:, :-1], batch[:, 1:])], epochs=300, lr=1e-2, model=model,
-                                  weight_decay=0.0)
+        _, (losses, _) = self.fit(
+            [(batch[:, :-1], batch[:, 1:])], epochs=300, lr=1e-2, model=model, weight_decay=0.0
+        )
         logits = model(batch[:, :-1])
         self.assertLess(F.cross_entropy(logits[:, 1:].flatten(0, 1), batch[:, 2:].flatten()), 0.05)
 
@@ -596,7 +638,7 @@ class TestGPTFit(Case):
         for t, (x, y) in enumerate(batches, start=1):
             loss = -F.log_softmax(copied(x), -1).gather(2, y[..., None]).mean()
             grads = torch.autograd.grad(loss, list(copied.parameters()))
-            norm = torch.sqrt(sum((g ** 2).sum() for g in grads))
+            norm = torch.sqrt(sum((g**2).sum() for g in grads))
             lr = 1e-2 * (1.0 if t == 1 else 0.1 + 0.45 * (1 + math.cos(math.pi * (t - 2) / 2)))
             with torch.no_grad():
                 for p, g, (m, v) in zip(copied.parameters(), grads, state, strict=True):
@@ -604,7 +646,7 @@ class TestGPTFit(Case):
                     m.mul_(0.9).add_(0.1 * g)
                     v.mul_(0.95).add_(0.05 * g * g)
                     p.mul_(1 - lr * (0.1 if p.dim() > 1 else 0))  # decay on matrices only
-                    p.sub_(lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8))
+                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8))
         for ours, theirs, (_, v) in zip(
             model.parameters(), copied.parameters(), state, strict=True
         ):
@@ -616,7 +658,8 @@ class TestGPTFit(Case):
         seen = []
         with mock.patch.object(torch.optim.AdamW, "step"):  # the weights stay
             _, (train_losses, valid_losses) = self.fit(
-                batches, batches[:3], model=model, eval_every=4, on_eval=seen.append)
+                batches, batches[:3], model=model, eval_every=4, on_eval=seen.append
+            )
         with torch.no_grad():
             single = [
                 F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() for x, y in batches
@@ -625,8 +668,10 @@ class TestGPTFit(Case):
         self.assertAlmostEqual(train_losses[0], sum(single[:4]) / 4, places=5)
         self.assertAlmostEqual(train_losses[1], sum(single[4:]) / 2, places=5)
         self.assertAlmostEqual(valid_losses[1], sum(single[:3]) / 3, places=5)
-        self.assertEqual([(s["step"], s["tokens"], s["best"]) for s in seen],
-                         [(4, 4 * 32, True), (6, 6 * 32, False)])
+        self.assertEqual(
+            [(s["step"], s["tokens"], s["best"]) for s in seen],
+            [(4, 4 * 32, True), (6, 6 * 32, False)],
+        )
 
     def test_validation_counts_tokens_not_batches(self):
         (x, y), (x2, y2) = counting_batches(2)
@@ -667,8 +712,9 @@ class TestGPTFit(Case):
 
     def test_any_iterable_will_do(self):
         batches = counting_batches(6)
-        loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in batches], batch_size=2,
-                                             shuffle=True)
+        loader = torch.utils.data.DataLoader(
+            [(x[0], y[0]) for x, y in batches], batch_size=2, shuffle=True
+        )
         for train_loader in (batches, tuple(batches), loader):
             _, (losses, _) = self.fit(train_loader, valid=loader, epochs=2)
             self.assertEqual(len(losses), 2)
@@ -697,8 +743,9 @@ class TestGPTFit(Case):
         weights = []
         for eval_every in (None, 1, 3):
             torch.manual_seed(5)
-            model, _ = self.fit(counting_batches(8), loader, model=tiny_gpt(dropout=0.2),
-                                eval_every=eval_every)
+            model, _ = self.fit(
+                counting_batches(8), loader, model=tiny_gpt(dropout=0.2), eval_every=eval_every
+            )
             weights.append(model.state_dict())
         self.assertSame(weights[0], weights[1])
         self.assertSame(weights[0], weights[2])
@@ -770,13 +817,17 @@ class TestGPTFit(Case):
 
     def test_compile_that_fails_means_eager(self):
         out = io.StringIO()
-        with mock.patch("torch.compile", side_effect=RuntimeError("no compiler\nlong trace")), \
-                contextlib.redirect_stdout(out):
+        with (
+            mock.patch("torch.compile", side_effect=RuntimeError("no compiler\nlong trace")),
+            contextlib.redirect_stdout(out),
+        ):
             model, losses = self.fit(counting_batches(3), compile=True)
         self.assertEqual(out.getvalue().count("\n"), 1)
         self.assertIn("no compiler", out.getvalue())
-        with mock.patch("torch.compile", side_effect=lambda net: lambda x: 1 / 0), \
-                contextlib.redirect_stdout(out):
+        with (
+            mock.patch("torch.compile", side_effect=lambda net: lambda x: 1 / 0),
+            contextlib.redirect_stdout(out),
+        ):
             torch.manual_seed(0)
             tried = self.fit(counting_batches(3), compile=True)
         torch.manual_seed(0)
@@ -822,8 +873,9 @@ class TestGPTCheckpoint(Case):
         """Epochs of steps of 3 batches, the last of 2; dropout; a DataLoader that validates."""
         torch.manual_seed(11)
         model = model or tiny_gpt(dropout=0.2)
-        valid = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in counting_batches(4)], 2,
-                                            shuffle=True)
+        valid = torch.utils.data.DataLoader(
+            [(x[0], y[0]) for x, y in counting_batches(4)], 2, shuffle=True
+        )
         loader = self.loader()
         if stop_after is not None:  # as a signal would: while the last step runs
             batch, first = loader.batch, []
@@ -845,11 +897,29 @@ class TestGPTCheckpoint(Case):
                 return step(optimizer, *args)
 
             with mock.patch.object(torch.optim.AdamW, "step", counting_step):
-                losses = model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
-                                   eval_every=self.EVERY, checkpoint=checkpoint, **options)
+                losses = model.fit(
+                    loader,
+                    valid,
+                    99,
+                    1e-2,
+                    max_steps=steps,
+                    accumulate=3,
+                    eval_every=self.EVERY,
+                    checkpoint=checkpoint,
+                    **options,
+                )
             return model, losses
-        return model, model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
-                                eval_every=self.EVERY, checkpoint=checkpoint, **options)
+        return model, model.fit(
+            loader,
+            valid,
+            99,
+            1e-2,
+            max_steps=steps,
+            accumulate=3,
+            eval_every=self.EVERY,
+            checkpoint=checkpoint,
+            **options,
+        )
 
     def test_resume_at_every_step_is_exact(self):
         _, losses = self.train("whole.pt")
@@ -870,19 +940,48 @@ class TestGPTCheckpoint(Case):
         whole = read_file("whole.pt")
         self.train("part.pt", stop_after=7)  # in the second epoch, one step after a validation
         part = read_file("part.pt")
-        fresh = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
-                 "train_losses": [], "valid_losses": [], "dtype": "bf16"}
+        fresh = {
+            "step": 0,
+            "epoch": 0,
+            "batch": 0,
+            "tokens": 0,
+            "loss_sum": 0.0,
+            "loss_steps": 0,
+            "train_losses": [],
+            "valid_losses": [],
+            "dtype": "bf16",
+        }
         self.assertEqual(fresh.keys(), part["run"].keys())
         untouched = tiny_gpt(dropout=0.2)
         changes = [({"run": {**part["run"], key: value}}, key) for key, value in fresh.items()]
-        changes += [({"weights": untouched.state_dict()}, "weights"),
-                    ({"random_states": [{"cpu": torch.get_rng_state()}]}, "random state"),
-                    ({"optimizer": {**part["optimizer"], "state": {
-                        n: {**s, "exp_avg": torch.zeros_like(s["exp_avg"])}
-                        for n, s in part["optimizer"]["state"].items()}}}, "exp_avg"),
-                    ({"optimizer": {**part["optimizer"], "state": {
-                        n: {**s, "step": torch.tensor(1.0)}
-                        for n, s in part["optimizer"]["state"].items()}}}, "optimizer step")]
+        changes += [
+            ({"weights": untouched.state_dict()}, "weights"),
+            ({"random_states": [{"cpu": torch.get_rng_state()}]}, "random state"),
+            (
+                {
+                    "optimizer": {
+                        **part["optimizer"],
+                        "state": {
+                            n: {**s, "exp_avg": torch.zeros_like(s["exp_avg"])}
+                            for n, s in part["optimizer"]["state"].items()
+                        },
+                    }
+                },
+                "exp_avg",
+            ),
+            (
+                {
+                    "optimizer": {
+                        **part["optimizer"],
+                        "state": {
+                            n: {**s, "step": torch.tensor(1.0)}
+                            for n, s in part["optimizer"]["state"].items()
+                        },
+                    }
+                },
+                "optimizer step",
+            ),
+        ]
         for change, name in changes:
             torch.save({**part, **change}, "broken.pt")
             self.train("broken.pt")
@@ -893,8 +992,9 @@ class TestGPTCheckpoint(Case):
         self.assertSame(whole, read_file("good.pt"))
 
     def test_plain_loader_goes_on_at_the_epochs_border(self):
-        loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in counting_batches(8)], 2,
-                                             shuffle=True)
+        loader = torch.utils.data.DataLoader(
+            [(x[0], y[0]) for x, y in counting_batches(8)], 2, shuffle=True
+        )
 
         def fit(checkpoint, stop_at=None):
             torch.manual_seed(1)
@@ -924,8 +1024,10 @@ class TestGPTCheckpoint(Case):
         before = Path("c.pt").read_bytes()
         changed = os.stat("c.pt").st_mtime_ns
         _, again = self.train("c.pt")
-        self.assertEqual((losses, before, changed),
-                         (again, Path("c.pt").read_bytes(), os.stat("c.pt").st_mtime_ns))
+        self.assertEqual(
+            (losses, before, changed),
+            (again, Path("c.pt").read_bytes(), os.stat("c.pt").st_mtime_ns),
+        )
         _, longer = self.train("c.pt", steps=12)
         self.assertEqual(longer[0][: len(losses[0])], losses[0])
         self.assertGreater(len(longer[0]), len(losses[0]))
@@ -933,9 +1035,11 @@ class TestGPTCheckpoint(Case):
     def test_other_settings_are_refused(self):
         self.train("c.pt", stop_after=3)
         before = Path("c.pt").read_bytes()
-        for options, words in (({"weight_decay": 0.2}, ("weight_decay was 0.1, is 0.2",)),
-                               ({"dtype": "bf16"}, ("dtype was fp32, is bf16",)),
-                               ({"model": tiny_gpt(emb_size=32)}, ("emb_size was 16, is 32",))):
+        for options, words in (
+            ({"weight_decay": 0.2}, ("weight_decay was 0.1, is 0.2",)),
+            ({"dtype": "bf16"}, ("dtype was fp32, is bf16",)),
+            ({"model": tiny_gpt(emb_size=32)}, ("emb_size was 16, is 32",)),
+        ):
             with self.assertSays(ValueError, "c.pt", *words):
                 self.train("c.pt", **options)
         tiny_gpt().save("model.pt")
@@ -964,15 +1068,22 @@ class TestGPTCheckpoint(Case):
 
     def test_fresh_process_reads_it(self):
         self.train("c.pt")
-        self.python("-c", "from GPT import GPT; import torch; m = GPT.load('c.pt');"
-                    "print(m.generate(torch.tensor([[1, 2]]), 3, False))")
+        self.python(
+            "-c",
+            "from GPT import GPT; import torch; m = GPT.load('c.pt');"
+            "print(m.generate(torch.tensor([[1, 2]]), 3, False))",
+        )
 
     def test_broken_files(self):
         tiny_gpt().save("good.pt")
         good = Path("good.pt").read_bytes()
-        cases = {"empty": b"", "zeros": bytes(len(good)), "text": b"hello\n" * 50,
-                 "random": random.randbytes(len(good)),
-                 **{f"cut at {p} %": good[: len(good) * p // 100] for p in (10, 50, 99)}}
+        cases = {
+            "empty": b"",
+            "zeros": bytes(len(good)),
+            "text": b"hello\n" * 50,
+            "random": random.randbytes(len(good)),
+            **{f"cut at {p} %": good[: len(good) * p // 100] for p in (10, 50, 99)},
+        }
         for name, content in cases.items():
             Path("bad.pt").write_bytes(content)
             with self.subTest(name), self.assertSays(ValueError, "bad.pt", "train"):
@@ -1020,11 +1131,18 @@ class TestGPTCheckpoint(Case):
     def test_sizes_and_weights_that_disagree(self):
         tiny_gpt().save("m.pt")
         saved = read_file("m.pt")
-        for name, value in {"vocab_size": 41, "emb_size": 24, "max_seq_len": 13, "num_layers": 3,
-                            "num_heads": 4, "head_size": 4}.items():
+        for name, value in {
+            "vocab_size": 41,
+            "emb_size": 24,
+            "max_seq_len": 13,
+            "num_layers": 3,
+            "num_heads": 4,
+            "head_size": 4,
+        }.items():
             torch.save({**saved, "sizes": {**saved["sizes"], name: value}}, "bad.pt")
-            with self.assertSays(ValueError, "bad.pt", f"'{name}': {value}" if "head" in name else
-                                 f"{name}={value}"):
+            with self.assertSays(
+                ValueError, "bad.pt", f"'{name}': {value}" if "head" in name else f"{name}={value}"
+            ):
                 GPT.load("bad.pt")
         del saved["weights"]["linear.bias"]
         torch.save(saved, "bad.pt")
@@ -1053,19 +1171,26 @@ class TestGPTCheckpoint(Case):
         with self.assertSays(OSError, "No space left", "m.pt"):
             model.save("m.pt")
         self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-        code = ("import resource, signal; from GPT import GPT; m = GPT.load('m.pt');"
-                "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-                "try: m.save('m.pt')\nexcept OSError as error: print(error)")
+        code = (
+            "import resource, signal; from GPT import GPT; m = GPT.load('m.pt');"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+            "try: m.save('m.pt')\nexcept OSError as error: print(error)"
+        )
         self.assertRegex(self.python("-c", code), "too large.*m.pt")
         self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
 
     def test_killed_at_any_moment_of_a_save(self):
         tiny_gpt().save("m.pt")
-        code = ("from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
-                "while True: m.save('m.pt')")
+        code = (
+            "from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
+            "while True: m.save('m.pt')"
+        )
         for _ in range(3):
-            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                                     env={**os.environ, "PYTHONPATH": str(HERE)})
+            child = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": str(HERE)},
+            )
             child.stdout.readline()
             time.sleep(random.random() / 5)
             child.kill()
@@ -1116,7 +1241,8 @@ class TestGetData(Case):
         size = 500_000_000
         with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no room on the disk
             np.lib.format.write_array_header_1_0(
-                file, {"descr": "<u2", "fortran_order": False, "shape": (size,)})
+                file, {"descr": "<u2", "fortran_order": False, "shape": (size,)}
+            )
             file.truncate(file.tell() + 2 * size)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
@@ -1249,8 +1375,17 @@ class TestTrain(Case):
 
     def test_the_whole_run(self):
         printed = self.run_train()
-        self.assertEqual({file.name for file in Path("out").iterdir()} - {"loss.png"}, {
-            "tokenizer.json", "train.npy", "valid.npy", "model.pt", "checkpoint.pt", "metrics.csv"})
+        self.assertEqual(
+            {file.name for file in Path("out").iterdir()} - {"loss.png"},
+            {
+                "tokenizer.json",
+                "train.npy",
+                "valid.npy",
+                "model.pt",
+                "checkpoint.pt",
+                "metrics.csv",
+            },
+        )
         for words in (
             "best validation loss",
             "bits per byte",
@@ -1260,8 +1395,11 @@ class TestTrain(Case):
         ):
             self.assertIn(words, printed)
         rows = self.rows()
-        self.assertEqual(",".join(rows[0]), "step,tokens,seconds,train_loss,valid_loss,"
-                         "valid_bits_per_byte,learning_rate,tokens_per_second")
+        self.assertEqual(
+            ",".join(rows[0]),
+            "step,tokens,seconds,train_loss,valid_loss,"
+            "valid_bits_per_byte,learning_rate,tokens_per_second",
+        )
         self.assertEqual([int(row["step"]) for row in rows], [4, 8, 12])
         self.assertEqual(int(rows[-1]["tokens"]), 12 * 2 * 4 * 16)
         # the text: the last tenth is held out, and nothing of it was seen
@@ -1356,11 +1494,13 @@ class TestTrain(Case):
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             shutil.rmtree("out", ignore_errors=True)
             code_line = TRAIN.format(SMALL | dict(MAX_STEPS=400, EVAL_EVERY=300))
-            code_line = ("import GPT, os\nreal = GPT._Training.step\n"
-                         "def step(self, *arguments):\n"
-                         f"    if self.run['step'] == 50: os.kill(os.getpid(), {int(number)})\n"
-                         "    real(self, *arguments)\n"
-                         "GPT._Training.step = step\n" + code_line)
+            code_line = (
+                "import GPT, os\nreal = GPT._Training.step\n"
+                "def step(self, *arguments):\n"
+                f"    if self.run['step'] == 50: os.kill(os.getpid(), {int(number)})\n"
+                "    real(self, *arguments)\n"
+                "GPT._Training.step = step\n" + code_line
+            )
             printed = self.python("-c", code_line, code=code)
             self.assertIn("Go on: python train.py", printed)
             self.assertEqual(read_file("out/checkpoint.pt")["run"]["step"], 51)
@@ -1401,6 +1541,8 @@ class TestTrain(Case):
         digests = [Path(f"rank{rank}.txt").read_text() for rank in (0, 1)]
         self.assertEqual(digests[0].count("\n"), 12)
         self.assertEqual(*digests)  # the same weights after every step
+        states = read_file("two/checkpoint.pt")["random_states"]
+        self.assertFalse(torch.equal(states[0]["cpu"], states[1]["cpu"]))  # other dropout on each
         quiet = Path("quiet0.txt").read_text().count("no_sync")
         self.assertEqual(quiet, 12)  # of the two batches of a step the first is not shared
         one, two = (read_file(f"{folder}/checkpoint.pt")["weights"] for folder in ("one", "two"))
@@ -1465,22 +1607,23 @@ class TestTrain(Case):
         Path("short.txt").write_text("hello world")
         Path("file").touch()
         for changes, error, words in (
-                (dict(DATA_FILE="missing.txt"), FileNotFoundError, ("missing.txt", "DATA_FILE")),
-                (dict(DATA_FILE="latin.txt"), ValueError, ("latin.txt", "byte 2", "UTF-8")),
-                (dict(DATA_FILE="utf16.txt"), ValueError, ("utf16.txt", "byte 0", "UTF-8")),
-                (dict(DATA_FILE="empty.txt"), ValueError, ("empty.txt", "empty")),
-                (dict(DATA_FILE="short.txt"), ValueError, ("MAX_SEQ_LEN + 1 = 17",)),
-                (dict(MAX_SEQ_LEN=3000), ValueError, ("MAX_SEQ_LEN + 1 = 3001",)),
-                (dict(VOCAB_SIZE=256), ValueError, ("vocab_size=256", "257")),
-                (dict(NUM_HEADS=0), ValueError, ("num_heads=0",)),
-                (dict(DROPOUT=1.5), ValueError, ("dropout=1.5",)),
-                (dict(LEARNING_RATE=-1), ValueError, ("learning_rate=-1",)),
-                (dict(MAX_STEPS=0), ValueError, ("MAX_STEPS=0",)),
-                (dict(BATCH_SIZE=0), ValueError, ("batch_size=0",)),
-                (dict(DTYPE="fp16"), ValueError, ("dtype='fp16'",)),
-                (dict(DEVICE="tpu9"), ValueError, ("DEVICE='tpu9'", "auto")),
-                (dict(OUT_DIR="file"), OSError, ("OUT_DIR", "file")),
-                (dict(OUT_DIR="file/out"), OSError, ("OUT_DIR", "file/out"))):
+            (dict(DATA_FILE="missing.txt"), FileNotFoundError, ("missing.txt", "DATA_FILE")),
+            (dict(DATA_FILE="latin.txt"), ValueError, ("latin.txt", "byte 2", "UTF-8")),
+            (dict(DATA_FILE="utf16.txt"), ValueError, ("utf16.txt", "byte 0", "UTF-8")),
+            (dict(DATA_FILE="empty.txt"), ValueError, ("empty.txt", "empty")),
+            (dict(DATA_FILE="short.txt"), ValueError, ("MAX_SEQ_LEN + 1 = 17",)),
+            (dict(MAX_SEQ_LEN=3000), ValueError, ("MAX_SEQ_LEN + 1 = 3001",)),
+            (dict(VOCAB_SIZE=256), ValueError, ("vocab_size=256", "257")),
+            (dict(NUM_HEADS=0), ValueError, ("num_heads=0",)),
+            (dict(DROPOUT=1.5), ValueError, ("dropout=1.5",)),
+            (dict(LEARNING_RATE=-1), ValueError, ("learning_rate=-1",)),
+            (dict(MAX_STEPS=0), ValueError, ("MAX_STEPS=0",)),
+            (dict(BATCH_SIZE=0), ValueError, ("batch_size=0",)),
+            (dict(DTYPE="fp16"), ValueError, ("dtype='fp16'",)),
+            (dict(DEVICE="tpu9"), ValueError, ("DEVICE='tpu9'", "auto")),
+            (dict(OUT_DIR="file"), OSError, ("OUT_DIR", "file")),
+            (dict(OUT_DIR="file/out"), OSError, ("OUT_DIR", "file/out")),
+        ):
             with self.subTest(**changes), self.assertSays(error, *words):
                 self.run_train(**changes)
             shutil.rmtree("out", ignore_errors=True)
@@ -1504,6 +1647,7 @@ class TestTrain(Case):
                 with torch.no_grad():
                     model.linear.bias[0] = math.nan
                 return batch(k)
+
             arguments[0].batch = batch
             return real(model, *arguments, **options)
 
@@ -1537,14 +1681,25 @@ class TestSample(Case):
     def setUp(self):
         super().setUp()
         Path("text.txt").write_text("the cat sat on the mat. " * 200, "utf-8")
-        with mock.patch.multiple(train, **SMALL | dict(MAX_STEPS=60, EVAL_EVERY=60)), \
-                contextlib.redirect_stdout(io.StringIO()):
+        with (
+            mock.patch.multiple(train, **SMALL | dict(MAX_STEPS=60, EVAL_EVERY=60)),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             train.main()
 
     def run_sample(self, **changes):
         """sample.main() with small constants; returns what it printed."""
-        constants = dict(OUT_DIR="out", PROMPT="the cat", NUM_SAMPLES=1, MAX_NEW_TOKENS=20,
-                         TEMPERATURE=1.0, TOP_K=None, TOP_P=None, SEED=1, DEVICE="cpu")
+        constants = dict(
+            OUT_DIR="out",
+            PROMPT="the cat",
+            NUM_SAMPLES=1,
+            MAX_NEW_TOKENS=20,
+            TEMPERATURE=1.0,
+            TOP_K=None,
+            TOP_P=None,
+            SEED=1,
+            DEVICE="cpu",
+        )
         out = io.StringIO()
         with mock.patch.multiple(sample, **constants | changes), contextlib.redirect_stdout(out):
             sample.main()
@@ -1557,8 +1712,12 @@ class TestSample(Case):
         self.assertEqual(one.split("[")[0], self.run_sample().split("[")[0])  # same seed, same text
         self.assertNotEqual(one[:40], self.run_sample(SEED=2, TEMPERATURE=2.0)[:40])
         greedy = self.run_sample(TEMPERATURE=0).split("[")[0]
-        for changes in (dict(TOP_K=1), dict(TOP_P=1e-6), dict(TEMPERATURE=1e-9),
-                        dict(TEMPERATURE=0, SEED=7)):
+        for changes in (
+            dict(TOP_K=1),
+            dict(TOP_P=1e-6),
+            dict(TEMPERATURE=1e-9),
+            dict(TEMPERATURE=0, SEED=7),
+        ):
             self.assertEqual(greedy, self.run_sample(**changes).split("[")[0])
         model, bpe = GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
         ids = model.generate(torch.tensor([bpe.encode("the cat")]), 20, False)
@@ -1599,13 +1758,14 @@ class TestSample(Case):
 
     def test_bad_input(self):
         for changes, error, words in (
-                (dict(OUT_DIR="nowhere"), FileNotFoundError, ("nowhere", "python train.py")),
-                (dict(TOP_K=0), ValueError, ("top_k=0",)),
-                (dict(TOP_P=2), ValueError, ("top_p=2",)),
-                (dict(TEMPERATURE=-1), ValueError, ("temperature=-1",)),
-                (dict(NUM_SAMPLES=0), ValueError, ("NUM_SAMPLES=0",)),
-                (dict(DEVICE="tpu9"), ValueError, ("DEVICE='tpu9'",)),
-                (dict(MAX_NEW_TOKENS=-1), ValueError, ("max_new_tokens=-1",))):
+            (dict(OUT_DIR="nowhere"), FileNotFoundError, ("nowhere", "python train.py")),
+            (dict(TOP_K=0), ValueError, ("top_k=0",)),
+            (dict(TOP_P=2), ValueError, ("top_p=2",)),
+            (dict(TEMPERATURE=-1), ValueError, ("temperature=-1",)),
+            (dict(NUM_SAMPLES=0), ValueError, ("NUM_SAMPLES=0",)),
+            (dict(DEVICE="tpu9"), ValueError, ("DEVICE='tpu9'",)),
+            (dict(MAX_NEW_TOKENS=-1), ValueError, ("max_new_tokens=-1",)),
+        ):
             with self.subTest(**changes), self.assertSays(error, *words):
                 self.run_sample(**changes)
         BPE(260, special_tokens=(sample.END,)).fit("other text").save("out/tokenizer.json")
@@ -1617,22 +1777,31 @@ class TestFiles(Case):
     """What holds for the folder as a whole."""
 
     def test_leaf_files_work_alone(self):
-        uses = {"Embeddings": "TokenEmbeddings(9, 4)(torch.tensor([[1]]))",
-                "Attention": "MultiHeadAttention(2, 8, 4, 16)(torch.zeros(1, 3, 8))",
-                "FFN": "FeedForward(8)(torch.zeros(1, 3, 8))",
-                "BPE": "BPE(260).fit('aaaa').encode('aaaa')",
-                "GetData": "GetData([1, 2, 3], 2)[0]"}
+        uses = {
+            "Embeddings": "TokenEmbeddings(9, 4)(torch.tensor([[1]]))",
+            "Attention": "MultiHeadAttention(2, 8, 4, 16)(torch.zeros(1, 3, 8))",
+            "FFN": "FeedForward(8)(torch.zeros(1, 3, 8))",
+            "BPE": "BPE(260).fit('aaaa').encode('aaaa')",
+            "GetData": "GetData([1, 2, 3], 2)[0]",
+        }
         top = self.folder
         for name in LEAVES:
             self.folder = top / name
             self.folder.mkdir()
             shutil.copy(HERE / f"{name}.py", self.folder)
-            self.python("-c", f"import torch; from {name} import *; print({uses[name]})",
-                        env={"PYTHONPATH": ""})
+            self.python(
+                "-c",
+                f"import torch; from {name} import *; print({uses[name]})",
+                env={"PYTHONPATH": ""},
+            )
 
     def test_who_imports_whom(self):
-        allowed = {"Decoder": {"Attention", "FFN"}, "GPT": {"Attention", "Embeddings", "Decoder"},
-                   "train": {"GPT", "BPE", "GetData"}, "sample": {"GPT", "BPE"}}
+        allowed = {
+            "Decoder": {"Attention", "FFN"},
+            "GPT": {"Attention", "Embeddings", "Decoder"},
+            "train": {"GPT", "BPE", "GetData"},
+            "sample": {"GPT", "BPE"},
+        }
         for name in MODULES:
             text = (HERE / f"{name}.py").read_text("utf-8")
             imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
@@ -1647,14 +1816,1444 @@ class TestFiles(Case):
             self.assertGreater(len(printed.splitlines()), 5, name)
 
 
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+NEW_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s"
+)
+PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, O200K, NEW_CL100K)
+
+NASTY = [
+    "",
+    "a",
+    " ",
+    "\n",
+    "aaabdaaabac",
+    " \x850",
+    "請考試我的軟體!12345",
+    "நடிகர் சூர்யா",
+    "today\n  \n",
+    "a_b",
+    "½a",
+    "Ⅵ-a",
+    "\x1f-a",
+    "\ufeff//",
+    "a\xa0\xa0\x00b",
+    "Cửa Việt",
+    "🚀 😶‍🌫️",
+    "Hello, y'all! How are you 😁 ?",
+    "0" * 17,
+    "हिन्दी",
+    "I'm DON'T we'LL it'ſ 'S",
+    "\x1c\x1d\x1e\x1f \x85\u2028\u2029",
+    "a\r\n\r\n  b\t\tc  ",
+    "x'sy",
+    "e\u0301a\u0327",
+    "foo  bar   baz",
+    "１２３4५६",
+    "\u3000　全角 スペース",
+    "ǅungla ʰa ªº",
+    "K\u212a'\u017f",
+    "<|endoftext|> <|end|>",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "def f(x):\n    return x**2  # sq\n",
+    "}\n\n{\n",
+    "  \n \n  x",
+    "\u200b\u200d\ufffe\U0010ffff",
+    "a.b,c;d中文。中文，",
+]
+
+
+def library(name):
+    """An optional package, or a visible skip."""
+    try:
+        return __import__(name)
+    except ImportError:
+        raise unittest.SkipTest(f"{name} isn't installed: no comparison with it") from None
+
+
+CHARACTER_CLASSES: dict = {}  # computed once
+
+
+def explicit_classes(pattern, cache=CHARACTER_CLASSES):
+    """A second, slow way to `re`: every \\p{..} as explicit ranges of code points, no folding."""
+    whole = range(sys.maxunicode + 1)
+    kinds = cache.get("kinds") or cache.setdefault(
+        "kinds", [unicodedata.category(chr(c)) for c in whole]
+    )
+
+    def ranges(wanted):
+        out, start = [], None
+        for c in itertools.chain(whole, [sys.maxunicode + 2]):
+            inside = c <= sys.maxunicode and wanted(c)
+            if inside and start is None:
+                start = c
+            elif not inside and start is not None:
+                out.append(
+                    f"\\U{start:08x}-\\U{c - 1 if c <= sys.maxunicode else sys.maxunicode:08x}"
+                )
+                start = None
+        return "".join(out)
+
+    if "space" not in cache:
+        cache["space"] = ranges(lambda c: kinds[c][0] == "Z" or 9 <= c <= 13 or c == 0x85)
+        cache["no_space"] = ranges(lambda c: not (kinds[c][0] == "Z" or 9 <= c <= 13 or c == 0x85))
+    out, in_set = [], False
+    for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
+        if part == "[" or part == "]":
+            in_set = part == "["
+        if part.startswith(r"\p"):
+            name = part[3:-1]
+            if name not in cache:
+                cache[name] = ranges(lambda c, name=name: kinds[c].startswith(name))
+            part = cache[name] if in_set else f"[{cache[name]}]"
+        elif part in (r"\s", r"\S"):
+            text = cache["space" if part == r"\s" else "no_space"]
+            part = text if in_set else f"[{text}]"
+        elif part == "$":
+            part = r"\Z"
+        out.append(part)
+    return re.compile("".join(out))
+
+
+def textbook(text, num_merges):
+    """BPE as in the books: count all pairs, take the best one, replace it everywhere."""
+    words = [list(word.encode()) for word in Splitter(GPT2_PATTERN)(text)]
+    merges = []
+    for new in range(256, 256 + num_merges):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        if best is None or counts[best] < 2:
+            break
+        merges.append(best)
+        words = [textbook_merge(word, best, new) for word in words]
+    return merges
+
+
+def textbook_merge(word, pair, new):
+    out, i = [], 0
+    while i < len(word):
+        both = tuple(word[i : i + 2]) == pair
+        out.append(new if both else word[i])
+        i += 2 if both else 1
+    return out
+
+
+def textbook_encode(bpe, text):
+    out = []
+    for word in bpe._split(text):
+        word = list(word.encode())
+        for number, pair in enumerate(bpe.merges):
+            word = textbook_merge(word, pair, 256 + number)
+        out += word
+    return out
+
+
+def random_text(rng, length, alphabet=None):
+    alphabet = alphabet or [
+        " ",
+        " ",
+        "\n",
+        "a",
+        "b",
+        "e",
+        "é",
+        "中",
+        "1",
+        "½",
+        "'",
+        "s",
+        "\x85",
+        "\u0301",
+        "😀",
+        ".",
+        "\r",
+        "Ж",
+        "\xa0",
+    ]
+    return "".join(rng.choice(alphabet) for _ in range(length))
+
+
+def any_text(rng, length):
+    points = (
+        rng.choice((rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)))
+        for _ in range(length)
+    )
+    return "".join(chr(c) for c in points if not 0xD800 <= c < 0xE000)
+
+
+def english(rng, length):
+    words = "the of and to in is you that it he was for on are as with his they I at be this have from or one had by".split()
+    return "".join(rng.choice(("", " ", " ", " ", "\n")) + rng.choice(words) for _ in range(length))
+
+
+class TestBPE(unittest.TestCase):
+    maxDiff = 400
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.rng = random.Random(1)
+
+    def trained(self, size=600, pattern=GPT2_PATTERN, special=("<|endoftext|>",)):
+        text = english(self.rng, 3000) + "".join(NASTY) * 3 + random_text(self.rng, 3000)
+        return BPE(size, pattern, special).fit(text)
+
+    def small_batches(self, size=2000):
+        """So that even small texts go to worker processes."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(mock.patch.multiple(bpe_file, PIECE=size // 4, BATCH=size))
+        self.addCleanup(stack.close)
+
+    def python(self, code=None, args=(), stdin=None, **environment):
+        """Runs Python in the temporary folder and returns what it printed."""
+        done = subprocess.run(
+            [sys.executable, *(args or ["-c", code])],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            timeout=60,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8", **environment},
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.strip()
+
+    # --- exact
+
+    def test_wikipedia_example(self):
+        bpe = BPE(259).fit("aaabdaaabac")
+        self.assertEqual(bpe.merges, [(97, 97), (97, 98), (256, 257)])
+        self.assertEqual(bpe.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
+
+    def test_merges_and_ids_equal_the_textbook(self):
+        for seed in range(12):
+            rng = random.Random(seed)
+            text = (
+                random_text(rng, 700),
+                english(rng, 300),
+                random_text(rng, 800, "ab "),
+                "a" * 37 + " " + "ab" * 20 + "a" * 9,
+                random_text(rng, 900, "aab"),
+                random_text(rng, 500, "abcd 中😀"),
+            )[seed % 6]
+            for few in (0, 16, 10**9):  # numpy alone, both, plain Python alone
+                with self.subTest(seed=seed, few=few), mock.patch.object(bpe_file, "FEW", few):
+                    bpe = BPE(256 + 60).fit(text)
+                    self.assertEqual(bpe.merges, textbook(text, 60))
+                    warm = bpe.encode(text)
+                    bpe._forget()
+                    self.assertEqual(bpe.encode(text), warm)
+                    other = random_text(rng, 400) + text[::-1]
+                    self.assertEqual(bpe.encode(other), textbook_encode(bpe, other))
+
+    def test_split_equals_explicit_classes(self):
+        """Folded and ASCII split against a pattern with every code point of a class spelled out."""
+        rng = random.Random(2)
+        points = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+        shuffled = "".join(rng.sample(points, 20_000))
+        texts = (
+            NASTY
+            + ["".join(NASTY), shuffled, "".join(chr(c) for c in range(128)) * 2]
+            + [any_text(rng, 200) for _ in range(60)]
+            + [random_text(rng, 100) for _ in range(100)]
+        )
+        for pattern in PATTERNS:
+            slow, fast = explicit_classes(pattern), Splitter(pattern)
+            for text in texts:
+                with self.subTest(pattern=pattern, text=text[:40]):
+                    self.assertEqual(fast(text), [m[0] for m in slow.finditer(text)])
+
+    def test_every_code_point(self):  # FAULTS 36
+        text = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+        bpe = self.trained()
+        self.assertEqual(bpe.decode(bpe.encode(text)), text)
+
+    def test_round_trip(self):  # FAULTS 36
+        for pattern in PATTERNS:
+            bpe = self.trained(pattern=pattern)
+            for text in NASTY + [any_text(self.rng, 300) for _ in range(50)]:
+                self.assertEqual(bpe.decode(bpe.encode(text)), text)
+
+    def test_pattern_that_leaves_text_out(self):
+        bpe = BPE(300, r"\p{L}+").fit("ab ab, ab 12")
+        self.assertEqual(bpe._split("ab é, 12中"), ["ab", " ", "é", ", 12", "中"])
+        self.assertEqual(bpe.decode(bpe.encode("12 ab, é")), "12 ab, é")
+
+    def test_pattern_where_no_cut_is_safe(self):
+        self.small_batches(400)
+        text = english(self.rng, 500)
+        bpe = BPE(300, r"\S+ \S+|\s+|\S+").fit(text)
+        self.assertFalse(bpe._split.cuttable)
+        self.assertEqual(bpe.merges, self.fit_in_one_piece(r"\S+ \S+|\s+|\S+", 300, text).merges)
+        self.assertTrue(all(Splitter(pattern).cuttable for pattern in PATTERNS))
+
+    def fit_in_one_piece(self, pattern, size, text):
+        with mock.patch.multiple(bpe_file, PIECE=10**9, BATCH=10**9):
+            return BPE(size, pattern).fit(text)
+
+    def test_patterns_refused(self):
+        for pattern in (
+            r"\p{Han}+",
+            r"\w+",
+            r"(?<=a)b",
+            r"a*",
+            r"[a-é]",
+            r"(a",
+            r"^a",
+            r"[[:alpha:]]",
+            r"(?i:[a-z])",
+            r"a{,",
+            r"\p{Q}",
+            r"(?i)a",
+            r"(?i:a(b))",
+        ):
+            with self.subTest(pattern), self.assertRaisesRegex(ValueError, "pattern"):
+                BPE(300, pattern)
+
+    def test_two_letter_classes(self):
+        self.assertEqual(
+            Splitter(r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}+?|\p{^L}|[^\p{Lu}]+")("ÉcoleЖук12½"),
+            ["École", "Жук", "12", "½"],
+        )
+        self.assertEqual(Splitter(r"\P{^L}+|.")("ab1.c"), ["ab", "1", ".", "c"])
+        self.assertEqual(Splitter(r"[\p{Nl}\p{No}]+|\pL+|[^\pL]")("Ⅵ½ab_"), ["Ⅵ½", "ab", "_"])
+        self.assertEqual(
+            Splitter(r"(?i:ks)+|[\s\S]")("KsK\u017fkS\u212a"), ["KsK\u017fkS", "\u212a"]
+        )
+
+    # --- the libraries
+
+    def corpus(self):
+        names = ("argparse.py", "ast.py", "tokenize.py", "locale.py")
+        code = "".join(
+            Path(os.__file__).with_name("x").parent.joinpath(name).read_text("utf-8")
+            for name in names
+        )
+        russian = (
+            "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему. "
+            * 30
+        )
+        return code + russian + random_text(self.rng, 20_000) + "".join(NASTY) * 2
+
+    def test_same_merges_as_rustbpe(self):
+        rustbpe = library("rustbpe")
+        for pattern in (GPT2_PATTERN, GPT4_PATTERN):
+            text = self.corpus()
+            theirs = rustbpe.Tokenizer()
+            theirs.train_from_iterator([text], 3000, pattern=pattern)
+            bpe = BPE(3000, pattern).fit(text)
+            ranks = {rank: bytes(token) for token, rank in theirs.get_mergeable_ranks()}
+            self.assertEqual(
+                [bpe.decode_bytes([i]) for i in range(len(bpe))],
+                [ranks[i] for i in range(len(bpe))],
+            )
+            self.assertEqual(bpe.encode(text), theirs.encode(text))
+
+    def test_same_ids_as_tiktoken(self):
+        tiktoken = library("tiktoken")
+        for pattern in PATTERNS:
+            bpe = BPE(1500, pattern, ["<|endoftext|>", "<|end|>", "<|e"]).fit(self.corpus())
+            theirs = tiktoken.Encoding(
+                "ours",
+                pat_str=pattern,
+                special_tokens=bpe.special_tokens,
+                mergeable_ranks={bpe.decode_bytes([i]): i for i in range(256 + len(bpe.merges))},
+            )
+            known = "".join(
+                chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")
+            )
+            for text in [
+                *NASTY,
+                self.corpus(),
+                known,
+                *(random_text(self.rng, 200) for _ in range(50)),
+            ]:
+                self.assertEqual(bpe.encode(text), theirs.encode_ordinary(text))
+        text = "a<|endoftext|><|end|> <|end <|e"
+        bpe = BPE(258, special_tokens=["<|endoftext|>", "<|end|>"])
+        theirs = tiktoken.Encoding(
+            "x",
+            pat_str=GPT2_PATTERN,
+            special_tokens=bpe.special_tokens,
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+        )
+        self.assertEqual(
+            bpe.encode(text, allow_special=True), theirs.encode(text, allowed_special="all")
+        )
+
+    def test_same_ids_as_tokenizers_reading_our_file(self):
+        tokenizers = library("tokenizers")
+        for pattern in PATTERNS:
+            bpe = BPE(1500, pattern, ["<|endoftext|>", "<|end|>", "<|e"]).fit(self.corpus())
+            bpe.save(self.folder / "t.json")
+            theirs = tokenizers.Tokenizer.from_file(str(self.folder / "t.json"))
+            self.assertEqual(theirs.get_vocab_size(), len(bpe))
+            known = "".join(
+                chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")
+            )
+            for text in [
+                *NASTY,
+                self.corpus()[:50_000],
+                known[:20_000],
+                *(random_text(self.rng, 200) for _ in range(50)),
+            ]:
+                with self.subTest(pattern=pattern, text=text[:30]):
+                    self.assertEqual(bpe.encode(text, allow_special=True), theirs.encode(text).ids)
+                    self.assertEqual(
+                        bpe.decode(bpe.encode(text)),
+                        theirs.decode(theirs.encode(text).ids, skip_special_tokens=False),
+                    )
+
+    def foreign(self, shuffle=True, **changes):
+        """A GPT-2-like file made by the library: ids shuffled, <|endoftext|> in the vocabulary, "a b" merges."""
+        tokenizers = library("tokenizers")
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = tokenizers.decoders.ByteLevel()
+        theirs.train_from_iterator(
+            [self.corpus()],
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=1200,
+                special_tokens=["<|endoftext|>"],
+                show_progress=False,
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            ),
+        )
+        data = json.loads(theirs.to_str())
+        vocab = data["model"]["vocab"]
+        vocab["Ġnevermade"] = len(vocab)
+        if shuffle:
+            ids = random.Random(3).sample(range(len(vocab)), len(vocab))
+            for token in vocab:
+                vocab[token] = ids[vocab[token]]
+            data["added_tokens"][0]["id"] = vocab["<|endoftext|>"]
+        data["model"]["merges"] = [
+            m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]
+        ]
+        data["model"].update(changes.pop("model", {}))
+        data.update(changes)
+        (self.folder / "foreign.json").write_text(json.dumps(data), "utf-8")
+        return data
+
+    def test_foreign_file(self):
+        tokenizers = library("tokenizers")
+        data = self.foreign()
+        for lists in (False, True):
+            if lists:
+                data["model"]["merges"] = [merge.split(" ") for merge in data["model"]["merges"]]
+                (self.folder / "foreign.json").write_text(json.dumps(data), "utf-8")
+            theirs = tokenizers.Tokenizer.from_file(str(self.folder / "foreign.json"))
+            bpe = BPE.load(self.folder / "foreign.json")
+            self.assertEqual(len(bpe), theirs.get_vocab_size())
+            self.assertNotEqual(bpe.encode("a"), [97])
+            for text in [*NASTY, self.corpus(), "x<|endoftext|>y nevermade"]:
+                self.assertEqual(bpe.encode(text, allow_special=True), theirs.encode(text).ids)
+                self.assertEqual(bpe.decode(bpe.encode(text)), text)
+            self.assertEqual(bpe.decode([data["model"]["vocab"]["Ġnevermade"]]), " nevermade")
+            bpe.save(self.folder / "again.json")  # and out again: the library still agrees
+            again = tokenizers.Tokenizer.from_file(str(self.folder / "again.json"))
+            text = self.corpus()
+            self.assertEqual(again.encode(text).ids, theirs.encode(text).ids)
+
+    def test_foreign_file_with_all_splits_of_a_token_as_merges(self):
+        """As converters from tiktoken write it: one token, several merges."""
+        tokenizers = library("tokenizers")
+        data = self.foreign(shuffle=False)
+        vocab, merges, seen = data["model"]["vocab"], [], set()
+        for merge in data["model"]["merges"]:
+            token = merge.replace(" ", "")
+            if token not in seen:
+                seen.add(token)
+                merges += [
+                    [token[:i], token[i:]]
+                    for i in range(1, len(token))
+                    if token[:i] in vocab
+                    and token[i:] in vocab
+                    and vocab[token[:i]] < vocab[token] > vocab[token[i:]]
+                ]
+        data["model"]["merges"] = merges
+        (self.folder / "foreign.json").write_text(json.dumps(data), "utf-8")
+        theirs = tokenizers.Tokenizer.from_file(str(self.folder / "foreign.json"))
+        bpe = BPE.load(self.folder / "foreign.json")
+        for text in [*NASTY, self.corpus()]:
+            self.assertEqual(
+                bpe.encode(text),
+                theirs.encode(text, add_special_tokens=False).ids
+                if "<|" not in text
+                else bpe.encode(text),
+            )
+
+    # --- bad input and faults
+
+    def test_long_words_are_near_linear(self):  # FAULTS 37
+        def seconds(make, length):
+            best = 99.0
+            for _ in range(2):
+                text, start = make(length), time.process_time()
+                bpe = BPE(400).fit(text)
+                bpe._forget()
+                bpe.encode(text)
+                best = min(best, time.process_time() - start)
+            return best
+
+        rng = random.Random(4)
+        letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+        for name, make in (("a", lambda n: "a" * n), ("letters", lambda n: letters[:n])):
+            ratio = seconds(make, 300_000) / seconds(make, 150_000)
+            self.assertLess(ratio, 3, f"{name}: twice the text takes {ratio:.1f} times as long")
+
+    def test_long_words_work(self):  # FAULTS 37
+        bpe = BPE(300).fit("a" * 100_000)
+        self.assertEqual(bpe.decode(bpe.encode("a" * 99_999)), "a" * 99_999)
+        self.assertEqual(bpe.merges[:4], [(97, 97), (256, 256), (257, 257), (258, 258)])
+
+    def test_special_tokens(self):  # FAULTS 38
+        bpe = BPE(300, special_tokens=["<|end|>", "<|end|>er", "<|endoftext|>"]).fit(
+            "<|end|> " * 50
+        )
+        last = 256 + len(bpe.merges)
+        self.assertEqual(
+            bpe.special_tokens, {"<|end|>": last, "<|end|>er": last + 1, "<|endoftext|>": last + 2}
+        )
+        self.assertEqual(len(bpe), last + 3)
+        self.assertEqual(bpe.encode("<|end|>er<|end|>", allow_special=True), [last + 1, last])
+        plain = bpe.encode("<|end|>er<|endoftext|>")
+        self.assertTrue(max(plain) < last)
+        self.assertEqual(bpe.decode(plain + [last + 2]), "<|end|>er<|endoftext|><|endoftext|>")
+        for wrong in (["", "a"], ["a", "a"], [1]):
+            with self.assertRaisesRegex(ValueError, "special_tokens"):
+                BPE(300, special_tokens=wrong)
+
+    def test_lone_surrogate(self):  # FAULTS 39
+        for text in ("a\ud800b", "\udcff", "\udc80é"):
+            bpe = BPE(300)
+            for call in (
+                bpe.encode,
+                bpe.fit,
+                lambda text: bpe.encode_file([text], self.folder / "x.npy"),
+            ):
+                with self.assertRaisesRegex(ValueError, "surrogate"):
+                    call(text)
+            self.assertEqual(bpe.decode(bpe.encode("still works é")), "still works é")
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_lone_surrogate_in_a_worker(self):
+        self.small_batches()
+        with self.assertRaisesRegex(ValueError, "surrogate"):
+            BPE(300).fit(english(self.rng, 5000) + "\ud800")
+
+    def test_unknown_ids(self):  # FAULTS 40
+        bpe = self.trained()
+        for wrong in (-1, len(bpe), 10**9, 1.5, "a", None, [3]):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "no id"):
+                bpe.decode([97, wrong])
+        self.assertEqual(bpe.decode(np.array([97, 98], np.uint16)), "ab")
+        self.assertEqual(bpe.decode([255, 97]), "\ufffda")
+
+    def test_stream_of_bytes(self):  # FAULTS 41
+        import codecs
+
+        bpe = BPE(300)
+        text = "Cửa 🚀 😶‍🌫️ हिन्दी"
+        decoder, out = codecs.getincrementaldecoder("utf-8")("replace"), []
+        for i in bpe.encode(text):
+            out.append(decoder.decode(bpe.decode_bytes([i])))
+        self.assertEqual("".join(out), text)
+        self.assertNotIn("\ufffd", "".join(out))
+
+    def test_hash_seed_does_not_matter(self):  # FAULTS 42
+        code = (
+            "from BPE import *; import random; r = random.Random(5); t = ''.join(r.choice('ab cdé ') for _ in range(4000));"
+            "print(BPE(400).fit(t).merges)"
+        )
+        self.assertEqual(len({self.python(code, PYTHONHASHSEED=seed) for seed in "012"}), 1)
+
+    def test_chunks_do_not_matter(self):  # FAULTS 42
+        text = self.corpus()[:60_000]
+        whole = self.fit_in_one_piece(GPT2_PATTERN, 500, text)
+        cuts = [
+            0,
+            *sorted(self.rng.sample([m.start() for m in CUT.finditer(text)], 100)),
+            len(text),
+        ]
+        self.assertEqual(
+            BPE(500).fit(text[i:j] for i, j in itertools.pairwise(cuts)).merges, whole.merges
+        )
+        for size in (64, 5000):
+            with self.subTest(size), mock.patch.multiple(bpe_file, PIECE=size // 4, BATCH=10**9):
+                self.assertEqual(BPE(500).fit(text).merges, whole.merges)
+                whole._forget()
+                self.assertEqual(whole.encode(text), whole._encode([text]).tolist())
+
+    def test_cuts_change_no_word(self):
+        rng = random.Random(6)
+        alphabet = [
+            "a",
+            "B",
+            "1",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "'",
+            "'s",
+            "!",
+            "/",
+            ".",
+            ",",
+            "é",
+            "e\u0301",
+            "中",
+            "。",
+            "，",
+            "\x85",
+            "\u3000",
+            "\xa0",
+            "½",
+            "\t",
+            "\x1f",
+            "(",
+            "=",
+        ]
+        for pattern in PATTERNS:
+            split = Splitter(pattern)
+            for text in [*NASTY, *(random_text(rng, 12, alphabet) for _ in range(4000))]:
+                words = split(text)
+                for cut in CUT.finditer(text):
+                    self.assertEqual(
+                        words,
+                        split(text[: cut.start()]) + split(text[cut.start() :]),
+                        (text, cut.start()),
+                    )
+
+    def test_broken_files(self):  # FAULTS 43
+        path = self.folder / "t.json"
+        good = self.trained(270)
+        good.save(path)
+        raw = path.read_bytes()
+        data = json.loads(raw)
+
+        def broken(change):
+            copy = json.loads(raw)
+            change(copy)
+            return json.dumps(copy).encode()
+
+        letter = next(iter(data["model"]["vocab"]))
+        faults = {
+            b"": "complete",
+            raw[: len(raw) // 2]: "complete",
+            b"\xff\xfe{": "complete",
+            b"[]": "BPE",
+            b"{}": "BPE",
+            b"null": "BPE",
+            raw.replace(b'"merges"', b'"merge"'): "merges",
+            broken(lambda d: d["model"]["vocab"].update(a=98)): "id 98",
+            broken(lambda d: d["model"]["vocab"].pop("a")): "byte 97",
+            broken(lambda d: d["model"]["vocab"].update(a=-1)): "whole numbers",
+            broken(lambda d: d["model"]["vocab"].update(a="7")): "whole numbers",
+            broken(lambda d: d["model"]["merges"].append(["a", "nope"])): "merge 13",
+            broken(lambda d: d["model"]["merges"].append(["a", "b", "c"])): "merge 13",
+            broken(lambda d: d["model"]["merges"].append("ab")): "merge 13",
+            broken(lambda d: d["model"]["merges"].append(["~", "~"])): "isn't in the vocabulary",
+            broken(lambda d: d["model"]["merges"].append(d["model"]["merges"][0])): "twice",
+            broken(lambda d: d["model"]["merges"].reverse()): "before|later",
+            broken(lambda d: d["added_tokens"][0].update(id=5)): "id",
+            broken(lambda d: d["model"].update(type="Unigram")): "Unigram",
+            broken(lambda d: d.update(model=7)): "BPE",
+            raw.replace(
+                f'"{letter}": 0'.encode(), f'"{letter}": 0, "{letter}": 900'.encode()
+            ): "twice",
+        }
+        for content, words in faults.items():
+            path.write_bytes(content)
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words) as caught:
+                BPE.load(path)
+            self.assertIn(str(path), str(caught.exception))
+        with self.assertRaises(FileNotFoundError):
+            BPE.load(self.folder / "nothing.json")
+
+    def test_unsupported_files_are_refused_by_name(self):
+        path = self.folder / "t.json"
+        self.trained(270).save(path)
+        raw = path.read_bytes()
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": r"\s+|\S+"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        sequence = lambda *steps: {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}
+        }
+        for name, change in {
+            "normalizer": {"normalizer": {"type": "NFC"}},
+            "truncation": {"truncation": {"max_length": 5}},
+            "padding": {"padding": {"strategy": "BatchLongest"}},
+            "TemplateProcessing": {"post_processor": {"type": "TemplateProcessing"}},
+            "decoder": {"decoder": {"type": "WordPiece"}},
+            "Metaspace": {"pre_tokenizer": {"type": "Metaspace"}},
+            "add_prefix_space": {
+                "pre_tokenizer": byte_level | {"add_prefix_space": True, "use_regex": True}
+            },
+            "use_regex": {"pre_tokenizer": byte_level},
+            "None": {"pre_tokenizer": None},
+            "Digits": sequence({"type": "Digits"}, byte_level),
+            "string": sequence(split | {"pattern": {"String": " "}}, byte_level),
+            "Removed": sequence(split | {"behavior": "Removed"}, byte_level),
+            r"Han": sequence(split | {"pattern": {"Regex": r"\p{Han}+|."}}, byte_level),
+            r"\{1,3\}\+": sequence(split | {"pattern": {"Regex": r"\p{N}{1,3}+|."}}, byte_level),
+            "lstrip": {"added_tokens": [{"id": 269, "content": "<|endoftext|>", "lstrip": True}]},
+            "dropout": {"model": {"dropout": 0.1}},
+            "byte_fallback": {"model": {"byte_fallback": True}},
+            "continuing_subword_prefix": {"model": {"continuing_subword_prefix": "##"}},
+            "end_of_word_suffix": {"model": {"end_of_word_suffix": "</w>"}},
+        }.items():
+            data = json.loads(raw)
+            model = data["model"] | change.get("model", {})
+            path.write_text(json.dumps(data | change | {"model": model}), "utf-8")
+            with self.subTest(name), self.assertRaisesRegex(ValueError, name):
+                BPE.load(path)
+
+    def test_ignore_merges(self):
+        path = self.folder / "t.json"
+        self.trained(270).save(path)
+        data = json.loads(path.read_bytes())
+        data["model"]["ignore_merges"] = True  # says the same as the merges: fine
+        path.write_text(json.dumps(data), "utf-8")
+        BPE.load(path)
+        data["model"]["vocab"]["nevermade"] = 300  # this one differs
+        path.write_text(json.dumps(data), "utf-8")
+        with self.assertRaisesRegex(ValueError, "ignore_merges"):
+            BPE.load(path)
+
+    def test_small_texts_end(self):  # FAULTS 44
+        for text, size in (
+            ("", 256),
+            ("a", 256),
+            ("aa", 256),
+            ("ab ab", 257),
+            ([], 256),
+            (["", "é"], 256),
+        ):
+            bpe = BPE(1000).fit(text)
+            self.assertEqual(len(bpe), size, text)
+            self.assertEqual(bpe.decode(bpe.encode("née")), "née")
+        self.assertEqual(BPE(300).encode(""), [])
+        self.assertEqual(BPE(256).fit("aaaa").merges, [])
+        for size, special in ((255, ()), (256, ["x"]), (0, ())):
+            with self.assertRaisesRegex(ValueError, f"vocab_size={size}"):
+                BPE(size, special_tokens=special)
+        for wrong in ([1], ["a", 5], [None]):
+            with self.assertRaisesRegex(ValueError, "text"):
+                BPE(300).fit(wrong)
+        with self.assertRaisesRegex(ValueError, "str"):
+            BPE(300).encode(["a"])
+
+    def test_fit_starts_anew(self):
+        bpe = BPE(300).fit("hello hello hello")
+        self.assertEqual(bpe.fit("world world").merges, BPE(300).fit("world world").merges)
+        self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
+
+    def test_cache_is_bounded(self):
+        bpe = self.trained()
+        text = english(self.rng, 300) + random_text(self.rng, 2000)
+        want = bpe.encode(text)
+        with mock.patch.object(bpe_file, "CACHE_WORDS", 10):
+            self.assertEqual(
+                [i for line in re.split(r"(?<=\S)(?= )", text) for i in bpe.encode(line)], want
+            )
+            self.assertLess(len(bpe._number), len(bpe._bytes) + 100)
+
+    # --- files
+
+    def test_save_and_load(self):
+        for pattern in PATTERNS:
+            bpe = self.trained(pattern=pattern)
+            bpe.save(self.folder / "a.json")
+            again = BPE.load(self.folder / "a.json")
+            again.save(self.folder / "b.json")
+            self.assertEqual(
+                (self.folder / "a.json").read_bytes(), (self.folder / "b.json").read_bytes()
+            )
+            self.assertEqual(
+                (again.merges, again.special_tokens, len(again)),
+                (bpe.merges, bpe.special_tokens, len(bpe)),
+            )
+            for text in NASTY:
+                self.assertEqual(
+                    again.encode(text, allow_special=True), bpe.encode(text, allow_special=True)
+                )
+            self.assertNotIn(b"\r", (self.folder / "a.json").read_bytes())
+            (self.folder / "a.json").read_bytes().decode("utf-8")
+        with self.assertRaisesRegex(ValueError, "special"):
+            BPE(257, special_tokens=["a"]).save(self.folder / "c.json")
+
+    def test_write_is_atomic(self):
+        path = self.folder / "t.json"
+        bpe = self.trained(300)
+        bpe.save(path)
+        before = path.read_bytes()
+        for target in ("os.fsync", "os.replace", "json.dumps"):
+            with (
+                mock.patch(target, side_effect=OSError(28, "No space left on device")),
+                self.assertRaisesRegex(OSError, "No space left") as caught,
+            ):
+                bpe.save(path)
+            self.assertEqual(caught.exception.filename, str(path))
+            self.assertEqual((os.listdir(self.folder), path.read_bytes()), (["t.json"], before))
+
+        def texts():
+            yield "some text"
+            raise RuntimeError("reader broke")
+
+        with self.assertRaisesRegex(RuntimeError, "reader broke"):
+            bpe.encode_file(texts(), path)
+        self.assertEqual((os.listdir(self.folder), path.read_bytes()), (["t.json"], before))
+        with self.assertRaises(FileNotFoundError):
+            bpe.save(self.folder / "no folder" / "t.json")
+
+    def test_encode_file(self):
+        bpe = self.trained()
+        end = bpe.special_tokens["<|endoftext|>"]
+        text = "\ufeff" + "\r\n".join(NASTY) * 20
+        (self.folder / "text.txt").write_bytes(text.encode())
+        out = self.folder / "ids.npy"
+        self.assertEqual(bpe.encode_file(self.folder / "text.txt", out), len(bpe.encode(text)))
+        ids = np.load(out, mmap_mode="r")
+        self.assertEqual((ids.dtype, ids.ndim, ids.tolist()), (np.uint16, 1, bpe.encode(text)))
+        del ids
+        self.assertEqual(
+            bpe.encode_file(iter(["ab", end, "", "cd", end]), out),
+            len(bpe.encode("ab") + bpe.encode("cd")) + 2,
+        )
+        self.assertEqual(np.load(out).tolist(), [*bpe.encode("ab"), end, *bpe.encode("cd"), end])
+        self.assertEqual((bpe.encode_file([], out), np.load(out).shape), (0, (0,)))
+        for wrong in (-1, len(bpe), None, b"a", 1.5):
+            with self.assertRaisesRegex(ValueError, "no id"):
+                bpe.encode_file(["a", wrong], out)
+        self.assertEqual(np.load(out).shape, (0,))
+        with mock.patch.object(BPE, "__len__", lambda self: 65537):
+            bpe.encode_file(["abc"], out)
+        self.assertEqual(np.load(out).dtype, np.uint32)
+
+    def test_read_text(self):
+        path = self.folder / "text.txt"
+        texts = [
+            "\ufeff" + "".join(NASTY),
+            "\r\n".join(NASTY),
+            "中文" * 300,
+            "a" * 3000,
+            "a=b;" * 500,
+            "中文，。\n" * 100,
+            " " * 500 + "x",
+            "\n" * 300,
+            *(random_text(self.rng, 400) for _ in range(30)),
+        ]
+        for text, size in itertools.product(texts, (1, 7, 64)):
+            path.write_bytes(text.encode())
+            with mock.patch.object(bpe_file, "READ_BYTES", size):
+                pieces = list(read_text(path))
+            self.assertEqual("".join(pieces), text)
+            self.assertNotIn("", pieces)
+            for pattern in PATTERNS:
+                split = Splitter(pattern)
+                self.assertEqual(
+                    [word for piece in pieces for word in split(piece)], split(text), text[:50]
+                )
+        path.write_bytes(("one two, three\n" * 200).encode())
+        with mock.patch.object(bpe_file, "READ_BYTES", 100):
+            self.assertGreater(len(list(read_text(path))), 20)
+
+    def test_read_text_parts(self):
+        path, text = self.folder / "text.txt", "aé中🚀 b"
+        path.write_bytes(text.encode())
+        size = len(text.encode())
+        for cut in range(size + 1):
+            self.assertEqual("".join(read_text(path, 0, cut)) + "".join(read_text(path, cut)), text)
+        self.assertEqual("".join(read_text(path, 1, 2)), "é")
+        for start, stop in ((-1, 3), (3, 2), (0, size + 1)):
+            with self.assertRaisesRegex(ValueError, "bytes"):
+                list(read_text(path, start, stop))
+        for raw, offset in (
+            ("ab".encode("utf-16"), 0),
+            (b"abc\xff", 3),
+            ("aé".encode("latin-1"), 1),
+            ("x🚀".encode()[:-1], 1),
+            (b"a b " * 50 + b"\xc3(", 200),
+        ):
+            path.write_bytes(raw)
+            for read in (1, 5, 1000):
+                with (
+                    mock.patch.object(bpe_file, "READ_BYTES", read),
+                    self.assertRaisesRegex(ValueError, f"byte {offset} .*UTF-8") as caught,
+                ):
+                    list(read_text(path))
+                self.assertIn(str(path), str(caught.exception))
+
+    # --- worker processes
+
+    def test_workers_give_the_same(self):
+        text = self.corpus()[:80_000]
+        whole = self.fit_in_one_piece(GPT2_PATTERN, 500, text)
+        want = whole.encode(text)
+        self.small_batches()
+        started, start = [], bpe_file._start_worker
+        with (
+            mock.patch.object(
+                bpe_file, "_start_worker", lambda: started.append(start()) or started[-1]
+            ),
+            mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True),
+        ):
+            bpe = BPE(500).fit(text)
+            self.assertEqual(bpe.merges, whole.merges)
+            bpe._forget()
+            self.assertEqual(bpe.encode(text), want)
+            bpe.encode_file([text], self.folder / "x.npy")
+        self.assertEqual(np.load(self.folder / "x.npy").tolist(), want)
+        self.assertEqual(len(started), 6)
+        self.assertTrue(all(worker.returncode is not None for worker in started))
+
+    def test_without_workers(self):
+        text = self.corpus()[:40_000]
+        whole = self.fit_in_one_piece(GPT2_PATTERN, 400, text)
+        self.small_batches()
+
+        def dead():
+            return subprocess.Popen(
+                [sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+
+        def noisy():
+            return subprocess.Popen(
+                [sys.executable, "-c", "print('hello')"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+
+        for broken in (mock.Mock(side_effect=OSError), dead, noisy):
+            with (
+                mock.patch.object(bpe_file, "_start_worker", broken),
+                mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True),
+            ):
+                self.assertEqual(BPE(400).fit(text).merges, whole.merges)
+
+    WORK = textwrap.dedent("""
+        import BPE
+        BPE.PIECE, BPE.BATCH = 500, 2000
+        started, start = [], BPE._start_worker
+        BPE._start_worker = lambda: started.append(1) or start()
+        import os
+        os.sched_getaffinity = lambda _: {0, 1}
+        BPE.BPE._count = BPE.BPE._encode = None    # so that only a worker can have done it
+        text = "it was the best of times, it was the worst of times é " * 500
+        bpe = BPE.BPE(270).fit(text)
+        print(len(bpe), bpe.decode(bpe.encode(text)) == text, len(started))
+        """)
+    DONE = "270 True 4"
+
+    def test_script_without_main_guard(self):
+        (self.folder / "script.py").write_text("print('loaded')\n" + self.WORK, "utf-8")
+        self.assertEqual(
+            self.python(args=["script.py"]), f"loaded\n{self.DONE}"
+        )  # loaded once only
+
+    def test_from_stdin(self):
+        self.assertEqual(
+            self.python(args=["-"], stdin="print('loaded')\n" + self.WORK), f"loaded\n{self.DONE}"
+        )
+
+    def test_after_torch_ran(self):
+        library("torch")
+        self.assertEqual(
+            self.python("import torch; torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK),
+            self.DONE,
+        )
+
+    def test_copied_alone(self):
+        (self.folder / "BPE.py").write_bytes((HERE / "BPE.py").read_bytes())
+        (self.folder / "heapq.py").write_text(
+            "raise SystemExit('not the standard module')", "utf-8"
+        )
+        self.assertEqual(
+            self.python(
+                "import sys; sys.path.remove(''); import heapq; sys.path.insert(0, '')\n"
+                + self.WORK,
+                PYTHONPATH="",
+            ),
+            self.DONE,
+        )
+
+    # --- looks
+
+    def test_show(self):
+        bpe = BPE(258).fit("low lower lowest")
+        self.assertEqual(bpe.show("low lower\n"), r"low|·|low|e|r|\n")
+        self.assertEqual(bpe.show("é"), r"\xc3|\xa9")
+
+    def test_demo(self):
+        printed = self.python(args=[str(HERE / "BPE.py")])
+        self.assertIn("·shells", printed)
+
+    def test_doctests(self):
+        self.assertEqual(doctest.testmod(bpe_file).failed, 0)
+        self.assertGreater(doctest.testmod(bpe_file).attempted, 4)
+
+    def test_import_builds_nothing(self):
+        code = "import numpy, sys, time; before = set(sys.modules); import BPE; print(sorted(set(sys.modules) & {'tqdm', 'multiprocessing', 'torch'}))"
+        self.assertEqual(self.python(code), "[]")
+
+
+class TestReadme(Case):
+    """What the two READMEs name is there; what they compute comes out; both say the same."""
+
+    READMES = ("README.md", "README.ru.md")
+    OF_A_RUN = (
+        "out",
+        "tokenizer.json",
+        "model.pt",
+        "checkpoint.pt",
+        "metrics.csv",
+        "loss.png",
+        "train.npy",
+        "valid.npy",
+        "my.txt",
+        "tuned.pt",
+        "my_tokenizer.json",
+        "out-1",
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.texts = {name: (HERE / name).read_text("utf-8") for name in self.READMES}
+
+    def code_blocks(self, text, language=r"\w*"):
+        return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+    def prose(self, text):
+        """The text without code blocks, link targets and the parts that a script fills in."""
+        text = re.sub(r"^<!-- (run|bench:\w+) -->\n.*?^<!-- /\w+ -->$", "", text, flags=re.M | re.S)
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        return re.sub(r"\]\([^)]*\)", "]", text)
+
+    def filled(self, text):
+        """{name: content} of the parts that a script fills in: "run", "bench:training", …"""
+        return dict(
+            re.findall(
+                r"^<!-- (run|bench:\w+) -->\n(.*?)^<!-- /(?:run|bench) -->$", text, re.M | re.S
+            )
+        )
+
+    def numbers(self, text):
+        return re.findall(r"\d+(?:\.\d+)?(?:e\d+)?", text)
+
+    def named_test(self, name):
+        """TestX or TestX.test_y -> the class or method of this file, or None."""
+        first, *rest = name.split(".")
+        found = globals().get(first)
+        for part in rest:
+            found = getattr(found, part, None)
+        return found
+
+    def test_names_exist(self):
+        for readme, text in self.texts.items():
+            named = re.findall(r"`(\w+)\.py: ([\w.]+)`", text)
+            self.assertGreater(len(named), 40)
+            for file, name in named:
+                if file == "test_all":
+                    self.assertIsNotNone(self.named_test(name), f"{readme}: {file}.py: {name}")
+                    continue
+                found = importlib.import_module(file)
+                for part in name.split("."):
+                    self.assertTrue(hasattr(found, part), f"{readme}: {file}.py: {name}")
+                    found = getattr(found, part)
+                self.assertEqual(found.__module__, file, f"{readme}: {name} stands elsewhere")
+
+    def test_every_file_is_in_the_table(self):
+        for readme, text in self.texts.items():
+            for file in (*MODULES, "test_all", "bench"):
+                self.assertIn(f"[{file}.py]({file}.py)", text, readme)
+
+    def test_files_and_links_exist(self):
+        for readme, text in self.texts.items():
+            links = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+            names = re.findall(r"`([\w./-]+\.(?:py|md|txt|json|pt|csv|png|npy))`", text)
+            names += [f"{name}.py" for name in re.findall(r"\b(\w+)\.py\b", text)]
+            for name in sorted({*links, *names}):
+                if name.removeprefix("out/") not in self.OF_A_RUN:
+                    self.assertTrue((HERE / name.split("#")[0]).exists(), f"{readme}: {name}")
+
+    def test_commands(self):
+        for readme, text in self.texts.items():
+            commands = re.findall(r"\bpython (\w+\.py)((?: \w+(?:\.\w+)?)?)", text)
+            self.assertIn(("train.py", ""), commands)
+            for file, argument in commands:
+                self.assertTrue((HERE / file).exists(), f"{readme}: python {file}")
+                if file == "test_all.py" and (name := argument.strip()):
+                    found = self.named_test(name) or self.named_test(f"Test{name}")
+                    self.assertIsNotNone(found, f"{readme}: python {file} {name}")
+
+    def test_constants(self):
+        source = "".join((HERE / file).read_text("utf-8") for file in ("train.py", "sample.py"))
+        for readme, text in self.texts.items():
+            for name in set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", text)):
+                self.assertRegex(source, rf"(?m)^{name} = ", readme)
+
+    def test_python_blocks_run(self):
+        english, russian = (self.code_blocks(self.texts[name], "python") for name in self.READMES)
+        self.assertEqual(english, russian)
+        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n" * 40
+        Path("my.txt").write_text(text, encoding="utf-8")
+        small = dict(
+            DATA_FILE="my.txt",
+            VOCAB_SIZE=280,
+            MAX_SEQ_LEN=16,
+            EMB_SIZE=16,
+            NUM_HEADS=2,
+            HEAD_SIZE=8,
+            NUM_LAYERS=1,
+            MAX_STEPS=4,
+            EVAL_EVERY=2,
+            BATCH_SIZE=4,
+            DEVICE="cpu",
+        )
+        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+        space = {}
+        for block in english:
+            block = re.sub(r"max_steps=\d+, eval_every=\d+", "max_steps=4, eval_every=2", block)
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(block, "README.md", "exec"), space)
+            for promised in re.findall(r"# prints (.*)", block):
+                self.assertIn(promised, out.getvalue().splitlines())
+        notes = GPT.load("out/model.pt").notes  # the fine-tuned net still knows its tokenizer
+        self.assertEqual(GPT.load("tuned.pt").notes, notes)
+        for name in ("DATA_FILE", "VOCAB_SIZE", "MAX_STEPS", "LEARNING_RATE"):
+            self.assertTrue(hasattr(train, name) and name in space)
+        sizes = [
+            space[name]
+            for name in (
+                "VOCAB_SIZE",
+                "MAX_SEQ_LEN",
+                "EMB_SIZE",
+                "NUM_HEADS",
+                "HEAD_SIZE",
+                "NUM_LAYERS",
+            )
+        ]
+        with torch.device("meta"):
+            count = sum(p.numel() for p in GPT(*sizes, device="meta").parameters())
+        self.assertEqual(count, space["parameters"](*sizes[:3], sizes[5]))
+        self.assertEqual(round(count / 1e6), 148)
+        self.check_costs(space)
+
+    def check_costs(self, space):
+        """The table of hours, the rows that begin with a number of tokens such as 3e9."""
+        for readme, text in self.texts.items():
+            row = r"^\| (\de\d+) .*?\| (\S+)" + r" \| (\S+) \S+" * 3 + r" \|$"
+            rows = re.findall(row, text, re.M)
+            self.assertEqual(len(rows), 2, readme)
+            for tokens, operations, *hours in rows:
+                self.assertEqual(f"{6 * 148e6 * float(tokens):.2e}".replace("+", ""), operations)
+                self.assertEqual(
+                    [f"{space['hours'](148e6, float(tokens), gpus):.2f}" for gpus in (1, 8, 64)],
+                    hours,
+                    readme,
+                )
+        self.assertEqual(
+            space["MAX_STEPS"], round(3e9 / (space["BATCH_SIZE"] * space["MAX_SEQ_LEN"]))
+        )
+
+    def test_computed_figures(self):
+        V, T, E, layers = 40478, 512, 768, 12
+        parts = (12 * E * E * layers, 2 * T * E * layers, E * V)  # multiplications a token
+        for text in self.texts.values():
+            found = self.numbers(self.prose(text))
+            for figure in [
+                *(f"{100 * part / sum(parts):.0f}" for part in parts),
+                *(f"{math.log(size):.2f}" for size in (train.VOCAB_SIZE, V)),
+                str(train.VOCAB_SIZE),
+                f"{64 * T * V * 4 / 1e9:.1f}",
+                f"{148e6 * 16 / 1e9:.1f}",
+            ]:
+                self.assertIn(figure, found)
+
+    def test_both_say_the_same(self):
+        english, russian = (self.texts[name] for name in self.READMES)
+        self.assertEqual(self.code_blocks(english), self.code_blocks(russian))
+        names = [re.findall(r"`\w+\.py: [\w.]+`", text) for text in (english, russian)]
+        self.assertEqual(*names)
+        parts = [re.split(r"^## ", self.prose(text), flags=re.M) for text in (english, russian)]
+        self.assertEqual(*map(len, parts))
+        for a, b in zip(*parts, strict=True):
+            a_numbers, b_numbers = (Counter(self.numbers(part)) for part in (a, b))
+            self.assertEqual(a_numbers - b_numbers, Counter(), "not in Russian: " + a[:30])
+            self.assertEqual(b_numbers - a_numbers, Counter(), "not in English: " + b[:30])
+        filled = [
+            {name: Counter(self.numbers(part)) for name, part in self.filled(text).items()}
+            for text in (english, russian)
+        ]
+        self.assertEqual(*filled)
+
+    def test_figures_come_from_assets(self):
+        """Each number of a filled-in part stands in assets/; the sample text is left out."""
+        sources = {"bench": HERE / "assets/bench.json", "run": HERE / "assets/metrics.csv"}
+        missing = [path.name for path in sources.values() if not path.exists()]
+        if missing:
+            self.skipTest(f"assets/ has no {', '.join(missing)} yet")
+        bench = sources["bench"].read_text("utf-8")
+        json.loads(bench)
+        with open(sources["run"], newline="") as file:
+            values = [value for row in csv.DictReader(file) for value in row.values()]
+        known = {"bench": {float(n) for n in self.numbers(bench)}, "run": set(map(float, values))}
+        for readme, text in self.texts.items():
+            parts = self.filled(text)
+            self.assertEqual(len(parts), 6, readme)
+            for name, part in parts.items():
+                part = re.sub(r"^```.*?^```$", "", part, flags=re.M | re.S).replace(",", "")
+                part = re.sub(r"\w*[^\W\d_]-?\d[\w.]*", "", part)  # fp32, bf16, GPT-1
+                self.assertGreater(len(self.numbers(part)), 2, f"{readme}: {name} isn't filled in")
+                allowed = known["bench"] | (known["run"] if name == "run" else set())
+                for number in self.numbers(part):
+                    digits = len(number.partition(".")[2])
+                    self.assertTrue(
+                        any(f"{value:.{digits}f}" == number for value in allowed)
+                        or float(number) in allowed,
+                        f"{readme}, {name}: {number}",
+                    )
+
+    def test_first_screen(self):
+        for text in self.texts.values():
+            self.assertIn("python train.py", self.code_blocks(text)[0])
+            lines = text.splitlines()
+            self.assertLess(lines.index("pip install -r requirements.txt"), 15)
+            self.assertLess(text.index("<!-- run -->"), text.index("python test_all.py"))
+        requirements = (HERE / "requirements.txt").read_text("utf-8")
+        torch_line = re.search(r"^torch>=(\S+?),<(\S+)$", requirements, re.M)
+        for text in self.texts.values():
+            self.assertIn(f"torch {torch_line[1]}", text)
+            self.assertIn(f"`,<{torch_line[2]}`", text)
+
+    def test_exercises_have_their_tests(self):
+        tests = {name for name in dir(Exercises) if name.startswith("test_")}
+        for readme, text in self.texts.items():
+            named = set(re.findall(r"python test_all\.py Exercises\.(test_\w+)", text))
+            self.assertEqual(named, tests, readme)
+
+
+class Exercises(Case):
+    """One test for each exercise of the README: red until you have solved it.
+
+    python test_all.py Exercises.test_gelu
+    """
+
+    __test__ = False  # pytest leaves them alone; test_all.py runs them when they are named
+
+    def test_gelu(self):
+        """1. FFN.py: GELU in place of ReLU, exact or by tanh."""
+        ffn = FeedForward(8, dropout=0.0)
+        x = 3 * torch.randn(2, 5, 8)
+        inner = F.linear(x, ffn.expand.weight, ffn.expand.bias)
+        errors = []
+        for kind in ("none", "tanh"):
+            expected = F.linear(
+                F.gelu(inner, approximate=kind), ffn.contract.weight, ffn.contract.bias
+            )
+            errors.append((ffn(x) - expected).abs().max().item())
+        self.assertLess(min(errors), 1e-5)
+
+    def test_tied(self):
+        """2. GPT.py: the last layer uses the token table, after training and loading, too."""
+        V, E = 50, 8
+        model = GPT(V, 16, E, 2, 4, 2)
+        separate = 2 * V * E + V + 16 * E + 2 * (12 * E * E + 13 * E)
+        count = sum(p.numel() for p in model.parameters())
+        self.assertEqual(separate - count, V * E, "one table of V·E must be gone")
+        x = torch.randint(V, (2, 9))
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
+        self.assertAlmostEqual(loss, math.log(V), delta=0.2)
+        model.fit(counting_batches(3, V=V), counting_batches(1, V=V), 1, 1e-2)
+        model.save("m.pt")
+        for net in (model, GPT.load("m.pt"), GPT.load("m.pt", dtype="bf16")):
+            table = net.eval().token_embeddings.embedding.weight
+            self.assertEqual(net.linear.weight.data_ptr(), table.data_ptr(), "two tables, not one")
+            self.assertEqual(sum(p.numel() for p in net.parameters()), count)
+            with torch.no_grad():
+                expected = net.hidden(x) @ table.T + net.linear.bias
+                self.assertClose(net(x).float(), expected.float(), 1e-2)
+        self.assertClose(GPT.load("m.pt")(x), model.eval()(x))
+
+    def test_prenorm(self):
+        """3. Decoder.py: the norm before each sub-layer; GPT.py: one more at the end of hidden."""
+        ours, theirs = (
+            Decoder(3, 12, 4, 16, dropout=0.0),
+            nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, norm_first=True, batch_first=True),
+        )
+        with torch.no_grad():
+            for p in ours.parameters():
+                p.add_(torch.randn(p.shape) * 0.1)
+        theirs.load_state_dict(
+            dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True))
+        )
+        x = torch.randn(2, 7, 12)
+        mask = nn.Transformer.generate_square_subsequent_mask(7)
+        self.assertClose(ours(x), theirs(x, src_mask=mask, is_causal=True))
+        h = tiny_gpt().hidden(torch.randint(40, (2, 9)))
+        self.assertClose(h.mean(-1), torch.zeros(2, 9), 1e-3)
+        self.assertClose(h.var(-1, correction=0), torch.ones(2, 9), 1e-2)
+
+    def test_min_p(self):
+        """4. GPT.py: keep_min_p(logits, p), and min_p=… for next_token, stream and generate."""
+        from GPT import keep_min_p
+
+        logits = torch.randn(20, 30) * 3
+        for p in (0.01, 0.1, 0.5, 1.0):
+            kept = keep_min_p(logits, p)
+            for row, result in zip(logits.softmax(-1).tolist(), kept, strict=True):
+                expected = [q >= p * max(row) * (1 - 1e-6) for q in row]
+                self.assertEqual((result > -math.inf).tolist(), expected)
+        self.assertTrue(torch.equal(keep_min_p(logits, 1e-30), logits))
+        draws = {
+            next_token(torch.tensor([[2.0, 1.9, -3.0]]), 1.0, None, None, min_p=0.5).item()
+            for _ in range(60)
+        }  # 2^-59: the odds that the second is never drawn
+        self.assertEqual(draws, {0, 1})
+        model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
+        sharpest = model.generate(x, 8, True, min_p=1.0)
+        self.assertTrue(torch.equal(sharpest, model.generate(x, 8, False)))
+        for bad in (0, -0.1, 1.1, math.nan):
+            with self.assertSays(ValueError, "min_p"):
+                model.generate(x, 1, True, min_p=bad)
+
+    def test_rms_norm(self):
+        """5. Decoder.py: RMSNorm in place of LayerNorm: no mean, no bias."""
+        block = Decoder(2, 8, 4, 16, dropout=0.0)
+        with torch.no_grad():
+            for norm in (block.norm1, block.norm2):
+                self.assertEqual([tuple(p.shape) for p in norm.parameters()], [(8,)])
+                next(norm.parameters()).add_(torch.randn(8) * 0.1)
+        w1, w2 = (next(norm.parameters()) for norm in (block.norm1, block.norm2))
+        x = torch.randn(2, 5, 8) + 1  # a mean that LayerNorm would take away
+        h = F.rms_norm(x + block.attention(x), (8,), w1, 1e-6)
+        self.assertClose(block(x), F.rms_norm(h + block.ffn(h), (8,), w2, 1e-6), 1e-3)
+
+    def test_swiglu(self):
+        """6. FFN.py: contract(silu(gate(x)) * expand(x)), of about as many weights as before."""
+        ffn = FeedForward(48, dropout=0.0)
+        x = torch.randn(2, 5, 48)
+        self.assertClose(ffn(x), ffn.contract(F.silu(ffn.gate(x)) * ffn.expand(x)))
+        self.assertEqual(ffn.gate.weight.shape, ffn.expand.weight.shape)
+        weights = sum(p.numel() for p in ffn.parameters() if p.dim() == 2)
+        self.assertAlmostEqual(weights / (8 * 48 * 48), 1, delta=0.05)
+
+    def by_complex_numbers(self, x, positions, halves):
+        """The oracle of rotary: two numbers are one complex number, multiplied by e^(i·angle)."""
+        D = x.shape[-1]
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
+        turn = torch.polar(torch.ones_like(angles), angles)
+        pairs = (
+            x.unflatten(-1, (2, D // 2)).transpose(-2, -1)
+            if halves
+            else x.unflatten(-1, (D // 2, 2))
+        ).contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)  # (…, T, D/2, 2)
+        return (turned.transpose(-2, -1) if halves else turned).flatten(-2)
+
+    def test_rotary(self):
+        """7. Attention.py: rotate(x, start=0) queries and keys; GPT.py: no learned positions."""
+        from Attention import rotate
+
+        x = torch.randn(2, 3, 9, 8)  # (B, H, T, D)
+        at = torch.arange(9.0)
+        matching = [
+            halves
+            for halves in (False, True)
+            if torch.allclose(rotate(x), self.by_complex_numbers(x, at, halves), atol=1e-4)
+        ]
+        self.assertTrue(matching, "neither pairs (0, 1), (2, 3), … nor pairs (i, i + D/2)")
+        self.assertClose(rotate(x, 5), self.by_complex_numbers(x, at + 5, matching[0]), 1e-4)
+        q, k = torch.randn(2, 1, 1, 1, 8)  # only the distance counts
+        scores = [(rotate(q, t + 4) * rotate(k, t)).sum().item() for t in range(50)]
+        self.assertLess(max(scores) - min(scores), 1e-3)
+        head = HeadAttention(6, 8, 16, num_heads=3)
+        x = torch.randn(2, 9, 6)
+        q, k, v = head.qkv(x).view(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        q, k = (self.by_complex_numbers(part, at, matching[0]) for part in (q, k))
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self.assertClose(head(x), expected.transpose(1, 2).flatten(2), 1e-4)
+        self.assertClose(head.weights(x) @ v, expected, 1e-4)
+        cache = KVCache(2, 3, 16, 8)
+        parts = [head(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
+        self.assertClose(torch.cat(parts, 1), head(x), 1e-4)
+        model = tiny_gpt(num_layers=1).eval()
+        same = model(torch.full((1, 9), 7))  # one token again and again: all places are alike
+        self.assertClose(same, same[:, :1].expand_as(same), 1e-4)
+        ab, ba = (model(torch.tensor([row]))[0, -1] for row in ([3, 8, 5], [8, 3, 5]))
+        self.assertGreater((ab - ba).abs().max().item(), 1e-5)  # but the order still counts
+
+    def test_grouped_query(self):
+        """8. Attention.py: num_kv_heads, a divisor of num_heads, sets of keys and values."""
+        B, T, E, H, G, D = 2, 9, 12, 6, 2, 4
+        layer = MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=G)
+        self.assertEqual(tuple(layer.heads.qkv.weight.shape), ((H + 2 * G) * D, E))
+        x = torch.randn(B, T, E)
+        q, k, v = (
+            part.unflatten(-1, (-1, D)).transpose(1, 2)
+            for part in layer.heads.qkv(x).split((H * D, G * D, G * D), dim=-1)
+        )  # (B, H or G, T, D)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        by_hand = F.scaled_dot_product_attention(
+            q, k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1), is_causal=True
+        )
+        self.assertClose(expected, by_hand)  # the oracles agree
+        expected = layer.linear(expected.transpose(1, 2).flatten(2))
+        self.assertClose(layer(x), expected)
+        self.assertEqual(layer.weights(x).shape, (B, H, T, T))
+        cache = KVCache(B, G, 16, D)  # this is what it is for: a smaller cache
+        parts = [layer(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
+        self.assertClose(torch.cat(parts, 1), expected)
+        self.assertClose(layer.bfloat16()(x.bfloat16()).float(), expected, 0.1)
+        torch.manual_seed(4)
+        today = MultiHeadAttention(H, E, D, 16, dropout=0.0)
+        torch.manual_seed(4)
+        self.assertClose(MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=H)(x), today(x))
+        with self.assertSays(ValueError, "num_kv_heads"):
+            MultiHeadAttention(H, E, D, 16, num_kv_heads=4)
+
+
 def main(names):
     """Run the tests of these files, or all; 0 if nothing failed. A name may be a test's, too."""
-    cases = {name: case for name, case in globals().items()
-             if isinstance(case, type) and issubclass(case, unittest.TestCase) and case is not Case}
+    cases = {
+        name: case
+        for name, case in globals().items()
+        if isinstance(case, type) and issubclass(case, unittest.TestCase) and case is not Case
+    }
     loader, suite = unittest.defaultTestLoader, unittest.TestSuite()
     for name in names or ("",):  # every class begins with "Test" and the name of its file
-        tests = [loader.loadTestsFromTestCase(case) for title, case in cases.items()
-                 if title.lower().startswith(f"test{name}".lower())]
+        tests = [
+            loader.loadTestsFromTestCase(case)
+            for title, case in cases.items()
+            if title.lower().startswith(f"test{name}".lower())
+        ]
         if not tests:
             if name.split(".")[0] not in cases:
                 print(f"no tests for {name!r}; there are {', '.join(cases)}", file=sys.stderr)

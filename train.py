@@ -41,8 +41,8 @@ BATCH_SIZE = 16        # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
 MAX_STEPS = 700        # steps of training; raise it and run again to go on
 LEARNING_RATE = 3e-3   # the peak; lower it for deeper nets (1e-3 for 12 layers)
-WARMUP_STEPS = 120     # steps up to the peak; too few, and a post-norm net never gets beyond single-
-                       # token statistics (4 layers at 4e-3: stuck with 80 steps, learns with 200)
+WARMUP_STEPS = 120     # steps up to the peak; with too few a post-norm net only learns how frequent
+                       # each token is (4 layers at 4e-3: stuck with 80 steps, learns with 200)
 WEIGHT_DECAY = 0.1     # pull of the weight matrices towards 0
 EVAL_EVERY = 100       # steps between validations; at most so many are lost in a power cut
 

@@ -1,0 +1,541 @@
+"""bench.py: how fast, how small and how good it is, beside others on the same machine.
+
+Set the constants, then: python bench.py. It prints a table for each part and writes all numbers,
+with the machine they come from, to assets/bench.json; the READMEs take every number from there.
+
+Every peer that is installed (pip install tokenizers tiktoken rustbpe transformers ctranslate2) adds
+its row, measured in turn with ours: A B A B, a round unmeasured, the median of the others. Seconds
+depend on the machine and on what else it does; ratios within one table are what to look at. While
+other programs keep the cores busy, the environment variable OMP_WAIT_POLICY=PASSIVE helps a lot.
+
+Needs: torch, numpy, tqdm, and the scripts beside it. On two cores all parts take about 25 minutes.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from BPE import BPE, GPT2_PATTERN
+from GetData import Batches, GetData
+from GPT import GPT, pick_dtype
+
+# ------------------------------------------------------------------------------------------------
+TEXT_FILE = None       # for the speedrun: tinyshakespeare.txt; None: it is left out
+NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT; None: it is left out
+PARTS = ["tokenizer", "training", "generation", "memory", "speedrun"]  # remove what you don't want
+ROUNDS = 5             # measured rounds; the median counts
+OUT_FILE = "assets/bench.json"
+
+TOKENIZER_SHAPES = [(1, 1024), (100, 8192), (100, 32768)]  # megabytes at most, V
+# V, T, B, E, H, layers; D = E / H
+TRAINING_SHAPES = [(1024, 64, 32, 128, 4, 4), (65, 64, 12, 128, 4, 4), (4096, 256, 8, 384, 6, 6)]
+# V, T, E, H, layers, tokens to generate at batch 1
+GENERATION_SHAPES = {"small": (1024, 256, 128, 4, 4, 200),
+                     "GPT-1 size": (40478, 512, 768, 12, 12, 32)}
+
+# The speedrun: train on the first 90 % of TEXT_FILE, validate on all of the rest. The aims are nats
+# per byte: 1.886 is where nanoGPT's CPU recipe ends, 1.4697 what nanoGPT publishes for an A100.
+# Post-norm is touchy: 4 layers at 4e-3 with a warm-up of 80 steps never leave 2.53, where a net
+# knows how frequent each token is and nothing else; with 200 they learn. One layer needs few.
+SPEEDRUNS = {
+    "nanoGPT's result": {"aim": 1.886, "steps": 140, "rate": 6e-3, "warmup": 60, "V": 1024, "T": 64,
+                         "B": 16, "E": 128, "H": 4, "layers": 1, "dropout": 0.0, "validations": 1},
+    "nanoGPT's time": {"aim": 1.60, "steps": 1600, "rate": 4e-3, "warmup": 200, "V": 1024, "T": 64,
+                       "B": 16, "E": 128, "H": 4, "layers": 4, "dropout": 0.0, "validations": 4},
+    "five minutes": {"aim": 1.4697, "steps": 2400, "rate": 3e-3, "warmup": 200, "V": 1024,
+                     "T": 64, "B": 16, "E": 160, "H": 5, "layers": 4, "dropout": 0.05,
+                     "validations": 4},
+}
+NANOGPT_OPTIONS = """--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64
+    --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000
+    --dropout=0.0"""   # of its README, for a CPU
+# ------------------------------------------------------------------------------------------------
+
+PEERS = ("tokenizers", "tiktoken", "rustbpe", "transformers", "ctranslate2")
+RESULTS: dict = {}
+
+
+def main() -> None:
+    RESULTS["machine"] = machine()
+    for part in PARTS:
+        PART_FUNCTIONS[part]()
+    out = Path(OUT_FILE)
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}  # other parts stay
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(before | RESULTS, indent=1) + "\n", encoding="utf-8")
+    print(f"\nall numbers: {OUT_FILE}")
+
+
+# ------------------------------------------------------------------ measuring and showing
+
+
+def machine() -> dict:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    a, big = torch.randn(1024, 1024), torch.ones(1 << 26)
+    gflops = 2 * 1024**3 / 1e9 / in_turn({"": lambda: a @ a}, 50, min)[""]
+    read = big.nbytes / 1e9 / in_turn({"": big.sum}, 20, min)[""]
+    about = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "os": platform.system(), "python": platform.python_version(),
+             "torch": torch.__version__,
+             "native_bf16": pick_dtype(torch.device("cpu")) == "bf16",
+             **{name: version(name) for name in PEERS if importlib.util.find_spec(name)},
+             "matmul_gflops": rounded(gflops), "read_gb_per_second": rounded(read)}
+    show("Machine", [{"what": key, "value": value} for key, value in about.items()])
+    return about
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 0,
+            summary: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
+    """Seconds each function takes: median over rounds of A B A B, after one unmeasured round."""
+    seconds = {name: [] for name in functions}
+    for n in range(1 + (rounds or ROUNDS)):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                function()
+            if n:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: summary(measured) for name, measured in seconds.items()}
+
+
+def rounded(x: float) -> float:
+    """Three digits: 12345.6 -> 12300, 0.012345 -> 0.0123."""
+    x = float(f"{x:.3g}")
+    return int(x) if x == int(x) and abs(x) >= 100 else x
+
+
+def show(title: str, rows: list[dict]) -> list[dict]:
+    """Print a table and return its rows, rounded, for the file."""
+    rows = [{key: rounded(value) if isinstance(value, float) else value
+             for key, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    print(f"\n{title}")
+    for line in [columns, *cells]:
+        print("  ".join(map(str.ljust, line, widths)).rstrip(), flush=True)
+    return rows
+
+
+def compared(labels: dict, seconds: dict[str, float], unit: str, amount: float) -> list[dict]:
+    """A row for each run: its speed, and for ours how many times as fast as each peer it is."""
+    rows = []
+    for name, s in seconds.items():
+        rows.append(labels | {"run": name, unit: amount / s, "seconds": s})
+        if name.startswith("ours"):
+            rows[-1] |= {f"x {other}": theirs / s for other, theirs in seconds.items()
+                         if not other.startswith("ours")}
+    return rows
+
+
+def peer(name: str) -> object | None:
+    """The module, or None, and then it says so."""
+    if name == "nanoGPT":
+        if NANOGPT_DIR is None:
+            print("nanoGPT: left out, NANOGPT_DIR is None")
+            return None
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(NANOGPT_DIR, "model.py"))
+        module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"{name}: not installed")
+        return None
+
+
+def in_child(call: str) -> dict:
+    """What a call of a function of this file gives in a new process; its start counts, too."""
+    code = f"import bench, json\nprint(json.dumps(bench.{call}))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False,
+                             capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"bench.{call} failed:\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------ tokenizer
+
+
+def tokenizer() -> None:
+    """Train and encode, beside the Rust libraries, on the source of Python's standard library."""
+    text = standard_library()
+    rustbpe, tokenizers, tiktoken = map(peer, ("rustbpe", "tokenizers", "tiktoken"))
+    rows = []
+    for size, V in TOKENIZER_SHAPES:
+        part = text[: round(size * 1e6)]
+        megabytes = len(part.encode()) / 1e6
+        fits = {"ours": partial(fit_ours, part, V)}
+        if rustbpe:
+            fits["rustbpe"] = partial(rustbpe.Tokenizer().train_from_iterator, [part], V,
+                                      pattern=GPT2_PATTERN)
+        if tokenizers:
+            fits["tokenizers (lines)"] = partial(fit_tokenizers, tokenizers, part, V)
+        labels = {"task": "fit", "megabytes": megabytes, "V": V}
+        rows += compared(labels, in_turn(fits), "mb_per_second", megabytes)
+    V = TOKENIZER_SHAPES[-1][1]
+    bpe = BPE(V).fit(text)
+    with tempfile.TemporaryDirectory() as folder:
+        file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
+        bpe.save(file)
+        source.write_bytes(text.encode())
+        runs = {"ours, loaded anew": lambda: BPE.load(file).encode(text),
+                "ours encode_file, loaded anew":
+                    lambda: BPE.load(file).encode_file(source, f"{folder}/ids.npy"),
+                "ours, after fit": lambda: bpe.encode(text)}
+        if tiktoken:
+            ranks = {bpe.decode_bytes([i]): i for i in range(len(bpe))}
+            theirs = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                       special_tokens={})
+            print("same ids as tiktoken:", theirs.encode_ordinary(text) == bpe.encode(text))
+            runs["tiktoken"] = lambda: theirs.encode_ordinary(text)
+            pieces = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
+            runs["tiktoken, all cores"] = lambda: theirs.encode_ordinary_batch(
+                pieces, num_threads=os.cpu_count())
+        if tokenizers:
+            fast = tokenizers.Tokenizer.from_file(str(file))
+            runs["tokenizers (lines)"] = lambda: fast.encode_batch(text.splitlines(keepends=True))
+        rows += compared({"task": "encode", "megabytes": megabytes, "V": V}, in_turn(runs),
+                         "mb_per_second", megabytes)
+    RESULTS["tokenizer"] = show("Tokenizer; x: times faster than", rows)
+
+
+def standard_library() -> str:
+    """The .py files of the running Python's standard library, some 31 MB, one behind the other."""
+    texts, root = [], Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" not in path.parts:
+            with contextlib.suppress(UnicodeDecodeError):
+                texts.append(path.read_bytes().decode())
+    return "".join(texts)
+
+
+def fit_ours(text: str, V: int) -> None:
+    BPE(V).fit(text)
+
+
+def fit_tokenizers(tokenizers, text: str, V: int) -> None:
+    """Hugging Face's trainer, with the same split as ours; it works on lines in parallel."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
+        vocab_size=V, show_progress=False, initial_alphabet=split.alphabet()))
+
+
+# ------------------------------------------------------------------ training: tokens a second
+
+
+def nanogpt_model(module, V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.GPT(module.GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H,
+                                           n_embd=E, dropout=0.0, bias=False))
+
+
+def transformers_model(module, V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
+    return module.GPT2LMHeadModel(module.GPT2Config(
+        vocab_size=V, n_positions=T, n_embd=E, n_layer=layers, n_head=H, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+
+
+def training() -> None:
+    """fit, beside nanoGPT's training loop or the same loop around transformers' GPT-2."""
+    nanogpt = peer("nanoGPT")
+    transformers = None if nanogpt else peer("transformers")
+    rows, peak_gflops = [], RESULTS["machine"]["matmul_gflops"]
+    for V, T, B, E, H, layers in TRAINING_SHAPES:
+        ids = np.random.default_rng(0).integers(0, V, 200_000, dtype=np.uint16)
+        batches = Batches(GetData(ids, T), B, seed=0)
+        model = GPT(V, T, E, H, E // H, layers, dropout=0.0)
+        weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
+        flops = (6 * weights + 12 * layers * E * T) * T * B  # a step, forward and backward
+        steps = max(3, round(1.6e11 / flops))
+        runs = {"ours fp32": fit_steps(model, batches, steps, "fp32")}
+        if RESULTS["machine"]["native_bf16"]:
+            runs["ours bf16"] = fit_steps(model, batches, steps, "bf16")
+        if nanogpt:
+            other = nanogpt_model(nanogpt, V, T, E, H, layers)
+            runs["nanoGPT fp32"] = nanogpt_steps(other, ids, T, B, steps)
+        elif transformers:
+            other = transformers_model(transformers, V, T, E, H, layers)
+            runs["transformers fp32"] = nanogpt_steps(other, ids, T, B, steps)
+        seconds = in_turn(runs)
+        loading = in_turn({"": partial(load, batches, steps)})[""]
+        labels = {"V, T, B, E, H, layers": f"{V}, {T}, {B}, {E}, {H}, {layers}"}
+        for row in compared(labels, seconds, "tokens_per_second", T * B * steps):
+            if row["run"].startswith("ours"):
+                row |= {"flops_utilisation": flops * steps / row["seconds"] / 1e9 / peak_gflops,
+                        "loading_share": loading / row["seconds"]}
+            rows.append(row)
+    RESULTS["training"] = show("Training; x: times faster than", rows)
+
+
+def fit_steps(model: GPT, batches: Batches, steps: int, dtype: str) -> Callable[[], object]:
+    """fit for so many steps; clipping, fused AdamW and a validation of one token included."""
+    valid = [(torch.zeros(1, 1).long(),) * 2]
+    return lambda: model.fit(batches, valid, 1, 1e-4, max_steps=steps, dtype=dtype)
+
+
+def load(batches: Batches, steps: int) -> None:
+    for k in range(steps):
+        batches.batch(k)
+
+
+def nanogpt_steps(model: torch.nn.Module, ids: np.ndarray, T: int, B: int,
+                  steps: int) -> Callable[[], None]:
+    """What nanoGPT's train.py does in a step: its batches, its AdamW, its clipping, one .item()."""
+    if hasattr(model, "configure_optimizers"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1)
+
+    def run() -> None:
+        model.train()
+        for _ in range(steps):
+            starts = torch.randint(len(ids) - T, (B,))
+            x, y = (torch.stack([torch.from_numpy(ids[i + n : i + n + T].astype(np.int64))
+                                 for i in starts]) for n in (0, 1))
+            if hasattr(model, "configure_optimizers"):
+                loss = model(x, y)[1]
+            else:
+                loss = F.cross_entropy(model(x, use_cache=False).logits.flatten(0, 1), y.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+
+    return run
+
+
+# ------------------------------------------------------------------ generation: tokens a second
+
+
+def generation() -> None:
+    """Batch 1, batch 16 and a prompt of 500 tokens, ours and the peers that are installed."""
+    nanogpt, transformers, ctranslate2 = map(peer, ("nanoGPT", "transformers", "ctranslate2"))
+    rows = []
+    for size, (V, T, E, H, layers, new) in GENERATION_SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            writers = our_writers(Path(folder, "model.pt"), V, T, E, H, layers)
+            if transformers:
+                model = transformers_model(transformers, V, T, E, H, layers).eval()
+                writers["transformers fp32"] = lambda x, n, model=model: model.generate(
+                    x, attention_mask=torch.ones_like(x), do_sample=True, top_k=50, top_p=0.95,
+                    max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
+                if ctranslate2:
+                    writers |= ctranslate2_writers(ctranslate2, transformers, model, folder, V)
+            if nanogpt:
+                theirs = nanogpt_model(nanogpt, V, T, E, H, layers).eval()
+                writers["nanoGPT fp32"] = partial(theirs.generate, top_k=50)  # it has no top-p
+            for task, batch, prompt, tokens in (("batch 1", 1, 8, new),
+                                                ("batch 16", 16, 8, new // 2),
+                                                ("prompt of 500", 1, 500, 1)):
+                if prompt + tokens > T:
+                    continue
+                x = torch.randint(1, V, (batch, prompt))
+                seconds = in_turn({name: partial(write, x, tokens)
+                                   for name, write in writers.items()})
+                rows += compared({"size": size, "task": task}, seconds, "tokens_per_second",
+                                 batch * tokens)
+        weights = V * E + V + layers * (12 * E * E + 13 * E)  # of the embeddings it reads two rows
+        for dtype, width in (("fp32", 4), ("bf16", 2)):
+            read = RESULTS["machine"]["read_gb_per_second"]
+            rows.append({"size": size, "task": "batch 1", "run": f"bound {dtype} (reading weights)",
+                         "tokens_per_second": read * 1e9 / (weights * width)})
+    RESULTS["generation"] = show("Generation: top-k 50, top-p 0.95; x: times faster than", rows)
+
+
+def our_writers(path: Path, V: int, T: int, E: int, H: int, layers: int) -> dict[str, Callable]:
+    GPT(V, T, E, H, E // H, layers).save(path)
+    return {f"ours {dtype}": partial(GPT.load(path, dtype=dtype).generate, do_sample=True, top_k=50,
+                                     top_p=0.95) for dtype in ("fp32", "bf16")}
+
+
+def ctranslate2_writers(ctranslate2, transformers, model, folder: str,
+                        V: int) -> dict[str, Callable]:
+    """CTranslate2 reads a transformers model from a folder, and wants a tokenizer in it."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, V)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>").save_pretrained(f"{folder}/transformers")
+    model.save_pretrained(f"{folder}/transformers")
+    made = {}
+    for name, compute_type in (("fp32", "float32"), ("int8", "int8")):
+        with contextlib.redirect_stderr(io.StringIO()):
+            ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(
+                f"{folder}/{name}", quantization=compute_type)
+        generator = ctranslate2.Generator(f"{folder}/{name}", compute_type=compute_type,
+                                          intra_threads=torch.get_num_threads())
+        made[f"CTranslate2 {name}"] = lambda x, n, generator=generator: generator.generate_batch(
+            [[f"t{i}" for i in row] for row in x.tolist()], max_length=n, min_length=n,
+            sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False)
+    return made
+
+
+# ------------------------------------------------------------------ memory
+
+
+def memory() -> None:
+    """The largest resident memory of a process that does one thing; Linux only."""
+    if not Path("/proc/self/status").exists():
+        print("\nMemory: left out, there is no /proc here")
+        return
+    rows = [{"process": "import torch and the scripts", "peak_mb": in_child("peak()")},
+            {"process": f"fit, shape {TRAINING_SHAPES[-1]}",
+             "peak_mb": in_child(f"peak(fit={TRAINING_SHAPES[-1]})")}]
+    V, T, E, H, layers, _ = GENERATION_SHAPES["GPT-1 size"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.pt"
+        GPT(V, T, E, H, E // H, layers).save(path)
+        rows.append({"process": "(the file of the GPT-1 size model)",
+                     "peak_mb": Path(path).stat().st_size / 1e6})
+        for dtype in ("fp32", "bf16"):
+            rows.append({"process": f"load and generate, GPT-1 size, {dtype}",
+                         "peak_mb": in_child(f"peak(load={(path, dtype)!r})")})
+        text = standard_library()
+        BPE(8192).fit(text).save(path)
+        with open(f"{folder}/text.txt", "w", encoding="utf-8", newline="") as file:
+            file.writelines([text] * 16)
+        megabytes = Path(folder, "text.txt").stat().st_size / 1e6
+        rows.append({"process": f"BPE.encode_file, {megabytes:.0f} MB of text, without workers",
+                     "peak_mb": in_child(f"peak(encode={(path, folder + '/text.txt')!r})")})
+    RESULTS["memory"] = show("Memory: peak of the process, MB", rows)
+
+
+def peak(fit: tuple = (), load: tuple = (), encode: tuple = ()) -> float:
+    """Train four steps, or load and write, or encode; then this process's largest memory, MB."""
+    if fit:
+        V, T, B, E, H, layers = fit
+        batches = Batches(GetData(list(range(V)), T), B, seed=0)
+        fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")()
+    if load:
+        GPT.load(load[0], dtype=load[1]).generate(torch.ones(1, 8).long(), 32, True)
+    if encode:
+        BPE.load(encode[0]).encode_file(encode[1], f"{encode[1]}.npy")
+    high = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)
+    return rounded(int(high) / 1e3)
+
+
+# ------------------------------------------------------------------ the speedrun
+
+
+def speedrun() -> None:
+    """How soon and how well it learns TEXT_FILE; a process for each run, timed from its start."""
+    if TEXT_FILE is None:
+        print("\nSpeedrun: left out, TEXT_FILE is None")
+        return
+    text, rows, loads = str(Path(TEXT_FILE).resolve()), [], []
+    theirs = nanogpt_recipe(text) if NANOGPT_DIR else None
+    if theirs:
+        rows.append({"run": "nanoGPT's CPU recipe", **theirs})
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in SPEEDRUNS.items():
+            start = time.time()
+            run = in_child(f"learn({text!r}, {settings!r}, {folder + '/model.pt'!r})")
+            best = min(point["nats_per_byte"] for point in run["curve"])
+            row = {"run": name, "seconds": run["curve"][-1]["time"] - start, "nats_per_byte": best,
+                   "aim": str(settings["aim"]), "aim_after": "not reached"}
+            reached = [p for p in run["curve"] if p["nats_per_byte"] <= settings["aim"]]
+            if reached:
+                row["aim_after"] = reached[0]["time"] - start
+                if theirs:
+                    row["nanoGPT_seconds / aim_after"] = theirs["seconds"] / row["aim_after"]
+            rows.append(row)
+            loads.append({"run": name} | run["by_dtype"])
+    for row in rows:
+        row["nats_per_byte"] = f"{row['nats_per_byte']:.4f}"
+        row["bits_per_byte"] = f"{float(row['nats_per_byte']) / math.log(2):.4f}"
+    RESULTS["speedrun"] = show("Speedrun: from process start to a validation loss", rows)
+    RESULTS["bf16_weights"] = show("Validation loss, nats per byte, by the weights' type", loads)
+
+
+def learn(text: str, settings: dict, path: str) -> dict:
+    """One run: text -> tokenizer -> ids -> fit -> model file. The curve holds points in time."""
+    s, curve = settings, []
+    data = Path(text).read_bytes()
+    split = len(data) * 9 // 10
+    bpe = BPE(s["V"]).fit(data[:split].decode(errors="ignore"))
+    train, valid = (np.array(bpe.encode(part.decode(errors="ignore")), dtype=np.uint16)
+                    for part in (data[:split], data[split:]))
+    per_byte = len(valid) / (len(data) - split)  # tokens
+    torch.manual_seed(0)
+    model = GPT(len(bpe), s["T"], s["E"], s["H"], s["E"] // s["H"], s["layers"], s["dropout"])
+    held_out = Batches(GetData(valid, s["T"], stride=s["T"]), 64)
+
+    def on_eval(figures: dict) -> None:
+        curve.append({"step": figures["step"], "time": time.time(),
+                      "nats_per_byte": figures["valid_loss"] * per_byte})
+        if figures["best"]:
+            model.save(path)
+
+    model.fit(Batches(GetData(train, s["T"]), s["B"], seed=0), held_out, 1, s["rate"],
+              max_steps=s["steps"], warmup_steps=s["warmup"],
+              eval_every=s["steps"] // s["validations"], on_eval=on_eval)
+    by_dtype = {}
+    for dtype in ("fp32", "bf16"):
+        model = GPT.load(path, dtype=dtype)
+        with torch.no_grad():
+            loss = sum(F.cross_entropy(model(x).float().flatten(0, 1), y.flatten(), reduction="sum")
+                       for x, y in held_out).item()
+        by_dtype[dtype] = loss / sum(y.numel() for _, y in held_out) * per_byte
+    change = 100 * (by_dtype["bf16"] / by_dtype["fp32"] - 1)
+    return {"curve": curve, "by_dtype": {dtype: f"{loss:.4f}" for dtype, loss in by_dtype.items()}
+            | {"change": f"{change:+.3f} %"}}
+
+
+def nanogpt_recipe(text: str) -> dict:
+    """The command of nanoGPT's README for a CPU, on this text, in a copy: seconds and its loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("train.py", "model.py", "configurator.py"):
+            shutil.copy(Path(NANOGPT_DIR, name), folder)
+        data = Path(folder, "data", "shakespeare_char")
+        data.mkdir(parents=True)
+        characters = Path(text).read_text(encoding="utf-8")
+        vocabulary = sorted(set(characters))
+        ids = np.array([vocabulary.index(c) for c in characters], dtype=np.uint16)
+        ids[: len(ids) * 9 // 10].tofile(data / "train.bin")
+        ids[len(ids) * 9 // 10 :].tofile(data / "val.bin")
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(vocabulary)}))
+        config = Path(NANOGPT_DIR, "config", "train_shakespeare_char.py").resolve()
+        start = time.time()
+        shown = subprocess.run([sys.executable, "train.py", str(config), *NANOGPT_OPTIONS.split()],
+                               cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+        seconds = time.time() - start
+    return {"seconds": seconds, "nats_per_byte": float(re.findall(r"val loss ([\d.]+)", shown)[-1])}
+
+
+PART_FUNCTIONS = {"tokenizer": tokenizer, "training": training, "generation": generation,
+                  "memory": memory, "speedrun": speedrun}
+
+
+if __name__ == "__main__":
+    main()
