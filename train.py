@@ -39,7 +39,7 @@ DROPOUT = 0.1          # share of activations dropped in training; 0 if the text
 
 BATCH_SIZE = 16        # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
-MAX_STEPS = 700        # steps of training; raise it and run again to go on
+MAX_STEPS = 600        # steps of training; raise it and run again to go on
 LEARNING_RATE = 3e-3   # the peak; lower it for deeper nets (1e-3 for 12 layers)
 WARMUP_STEPS = 120     # steps up to the peak; with too few a post-norm net only learns how frequent
                        # each token is (4 layers at 4e-3: stuck with 80 steps, learns with 200)
