@@ -1,15 +1,15 @@
-"""Byte-level byte-pair encoding: text <-> bytes <-> ids; learns merges, reads and writes tokenizer.json.
+"""Byte-level byte-pair encoding (BPE): text <-> bytes <-> ids; the file is a tokenizer.json.
 
-A text is split into pre-tokens (words, numbers, signs, white space) by a regular expression (GPT-2,
-Radford et al. 2019). BPE (Sennrich et al. 2016) begins with the 256 bytes and makes the most frequent
-pair of neighbours inside the pre-tokens a new symbol, again and again. Textbook code does just that:
-count all pairs, take the best, replace it everywhere, repeat. This is the same thing in numpy:
+A text is split into pre-tokens (words, numbers, signs, white space) by a regular expression
+(GPT-2, Radford et al. 2019). BPE (Sennrich et al. 2016) begins with the 256 bytes and makes the
+most frequent pair of neighbours inside the pre-tokens a new symbol, again and again. Textbook code
+does just that: count all pairs, take the best, replace it everywhere. The same thing in numpy:
 
 1. Each distinct pre-token ("word") is kept once, with its count. All words lie in one flat array of
-   symbols, with a border between two words and the next and previous living place beside each symbol.
+   symbols, a border between two words, the next and previous living place beside each symbol.
 2. All occurrences of a pair come into being in one step: when the younger of its symbols is made.
-   They are noted then, as one slice of one sorted array, and never updated. When a pair comes off the
-   heap, occurrences that have died are dropped; if there were any, it goes back with its new count.
+   They are noted then, as one slice of one sorted array, and never updated. When a pair comes off
+   the heap, occurrences that have died are dropped; if there were any, it goes back, recounted.
 3. So a merge is a dozen array operations, however many words it changes.
 4. Encoding uses the same arrays. Many merges are made at once: a *band* is a run of merges none of
    which uses what another one of them makes. Each distinct word is encoded once, then looked up.
@@ -21,7 +21,7 @@ Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no 
 Left out: normalizers, dropout, scripts (\\p{Han}) and \\w in patterns. Ids equal those of tiktoken,
 tokenizers and rustbpe for every character that the running Python's `unicodedata` knows; younger
 characters round-trip too, but may be split differently.
-Needs Python 3.11 and numpy (and tqdm for progress bars, if it is there). Knows no torch, no model.
+Needs Python 3.11 and numpy (and tqdm for progress bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
 >>> bpe.merges                                       # "l" + "o", then "lo" + "w"
@@ -49,7 +49,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 GPT4_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"""
                 r"""| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""")
 
-PIECE = 1 << 15        # characters split at a time (small: most pieces are pure ASCII, which is faster)
+PIECE = 1 << 15        # characters split at a time (few: most pieces are pure ASCII, and faster)
 BATCH = 1 << 21        # characters that a worker gets at a time
 WORKERS_FROM = 3       # batches; for fewer, starting processes (0.15 s) costs more than it brings
 MAX_WORKERS = 8        # more than one process can feed
@@ -60,25 +60,28 @@ FEW = 16               # places up to which a pair is merged by plain Python
 NONE = -1              # in an array of symbols: a border between words, or a symbol merged away
 WORKER_FLAG = "--bpe-worker"
 
-# Where no pre-token crosses: before a space that follows a non-space, behind a single line end between
-# two non-spaces, between a letter and one of these signs. (`re` counts more as \s than Unicode does.)
-CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])|(?<=[^\W\d_])(?=[,.;:!?(){}=<>\"，。、；：！？])")
+# Where no pre-token crosses: before a space behind a non-space, behind a single line end between
+# non-spaces, between a letter and one of these signs. (`re` counts more as \s than Unicode does.)
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])"
+                 r"|(?<=[^\W\d_])(?=[,.;:!?(){}=<>\"，。、；：！？])")
 
-# --- text -> words ---------------------------------------------------------------------------------
+# --- text -> words --------------------------------------------------------------------------------
 
-CATEGORIES = ["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi",
-              "Pf", "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Co", "Cn"]
+CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
+              "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
 # One item of a pattern: class name, set, escape, group, repetition, anything else.
 ITEM = re.compile(r"\\[pP](?:\{(?P<name>\^?\w+)\}|(?P<short>\w))|(?P<set>\[(?:\\.|[^][\\])+\])"
                   r"|(?P<space>\\[sS])|(?P<any>\(\?i:[^()]*\))|(?P<end>\$|\\z)|\\[rntf]|\\[^\w\s]"
-                  r"|\(\?[:=!>]|\((?!\?)|[)|.]|[*+?][+?]?|\{\d+(?:,\d*)?\}[+?]?|(?P<char>[^][\\(){}^$])")
+                  r"|\(\?[:=!>]|\((?!\?)|[)|.]|[*+?][+?]?|\{\d+(?:,\d*)?\}[+?]?"
+                  r"|(?P<char>[^][\\(){}^$])")
 
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
 
     Folded letters: ASCII stands for itself, 128 + i for category i, a few more for characters that
-    a pattern can single out. The pattern is translated to that alphabet, where \\p{L} is a small set.
+    a pattern can single out. The pattern is translated to that alphabet, where \\p{L} is small.
+    ValueError for a pattern that it can't express, and for text with lone surrogates.
     """
 
     def __init__(self, pattern: str):
@@ -86,15 +89,15 @@ class Splitter:
         own = sorted({"\x85", "\u017f", "\u212a"} | {c for c in pattern if not c.isascii()})
         self.own = {c: 128 + len(CATEGORIES) + i for i, c in enumerate(own)}
         letters = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES
-        letters += map(unicodedata.category, own)          # folded letter -> category
-        self.letters = letters
-        if len(letters) > 255:
+        self.letters = letters + [unicodedata.category(c) for c in own]  # folded letter -> category
+        everything = range(len(self.letters))
+        if len(everything) > 255:
             raise self.error("too many different characters outside ASCII")
-        self.space = [b for b, c in enumerate(letters) if c[0] == "Z" or b in (*range(9, 14), 32)]
-        self.space.append(self.own["\x85"])
+        self.space = {b for b in everything
+                      if self.letters[b][0] == "Z" or 9 <= b <= 13 or b == self.own["\x85"]}
         self.fold = np.full(sys.maxunicode + 1, 255, np.uint8)             # 255: not met so far
         self.fold[:128] = np.arange(128)
-        self.fold[list(map(ord, self.own))] = list(self.own.values())
+        self.fold[list(map(ord, own))] = list(self.own.values())
         try:
             if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
                 raise self.error("it has something else than classes, sets, groups and repetitions")
@@ -102,7 +105,7 @@ class Splitter:
             matches = re.compile(text, re.ASCII).match
             if matches(""):
                 raise self.error("it matches the empty text")
-            self.total = all(matches(chr(b)) for b in range(len(letters)))
+            self.total = all(matches(chr(b)) for b in everything)
             # What the pattern leaves out becomes a word of its own: no text gets lost.
             rest = "" if self.total else f"|(?:(?!{text})[\\x00-\\xff])+"
             self.findall = re.compile(text + rest, re.ASCII).findall
@@ -110,11 +113,11 @@ class Splitter:
             raise self.error(str(error)) from None
 
     def error(self, why: str) -> ValueError:
-        return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT2_PATTERN, GPT4_PATTERN")
+        return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT2_PATTERN")
 
     def for_oniguruma(self) -> str:
-        """The same pattern for the engine of the library tokenizers, where $ also matches at a line's end
-        and {1,3}+ means ({1,3})+."""
+        """The same pattern for the engine of the library tokenizers, where $ also matches at a
+        line's end and {1,3}+ means ({1,3})+."""
         text = ITEM.sub(lambda item: r"\z" if item["end"] else item[0], self.pattern)
         one = r"(\\[pP]\{\^?\w+\}|\\.|\[(?:\\.|[^\]\\])+\]|[^)])(\{\d+(?:,\d*)?\})\+"
         text = re.sub(one, r"(?>\1\2)", text)
@@ -124,24 +127,25 @@ class Splitter:
 
     def translate(self, item: re.Match, in_set: bool = False, any_case: bool = False) -> str:
         """One item of the pattern, in folded letters."""
-        everything, text = range(len(self.letters)), item[0]
+        everything, text = set(range(len(self.letters))), item[0]
         if name := item["name"] or item["short"]:
             found = {b for b in everything if self.letters[b].startswith(name.lstrip("^"))}
             if not found:
                 raise self.error(f"{text}: give a general category of Unicode, such as L, Lu or N")
             if (text[1] == "P") != (name[0] == "^"):
-                found = set(everything) - found
+                found = everything - found
         elif item["space"]:
-            found = set(self.space) if text == r"\s" else set(everything) - set(self.space)
+            found = self.space if text == r"\s" else everything - self.space
         elif item["set"]:
             inside = functools.partial(self.translate, in_set=True, any_case=any_case)
             head = 2 if text[1] == "^" else 1
-            if re.search(r"[^\x00-\x7f]-|-[^\x00-\x7f]|&&|--|~~|\|\|", text) or any_case and "-" in text:
+            calculating = re.search(r"[^\x00-\x7f]-|-[^\x00-\x7f]|&&|--|~~|\|\|", text)
+            if calculating or any_case and "-" in text:
                 raise self.error(f"{text}: no ranges outside ASCII or in (?i:), no calculating")
             return text[:head] + ITEM.sub(inside, text[head:-1]) + "]"
         elif item["any"]:
             inside = functools.partial(self.translate, any_case=True)
-            return "(?i:" + ITEM.sub(inside, text[4:-1]) + ")"
+            return f"(?i:{ITEM.sub(inside, text[4:-1])})"
         elif item["end"] and not in_set:
             return r"\Z"                                    # the very end, which $ isn't in `re`
         elif any_case and text in "sSkK":                   # their other case is outside ASCII, too
@@ -162,13 +166,12 @@ class Splitter:
         try:
             code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError as error:
-            raise ValueError(f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is "
-                             "no character: replace it (text.encode('utf-8', 'replace').decode())") from None
-        folded = self.fold[code]
-        for c in np.unique(code[folded == 255]).tolist():   # a character is classified when first met
+            raise ValueError(
+                f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is no "
+                "character: replace it (text.encode('utf-8', 'replace').decode())") from None
+        for c in np.unique(code[self.fold[code] == 255]).tolist():     # classified when first met
             self.fold[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-        folded = self.fold[code]
-        words = self.findall(folded.tobytes().decode("latin-1"))
+        words = self.findall(self.fold[code].tobytes().decode("latin-1"))
         end = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
         changed = np.searchsorted(end, np.flatnonzero(code > 127), side="right")
         for i in np.unique(changed).tolist():               # these get their own letters back
@@ -177,27 +180,28 @@ class Splitter:
 
     @functools.cached_property
     def cuttable(self) -> bool:
-        """Whether texts may be cut at CUT: known for the published patterns, others are tried out."""
-        parts = ("a", "B", "1", "'", "'s", "!", "/", "é", "\u0301", "中", "。", " ", "a b", "\n", "x\n", "\r")
+        """Whether texts may be cut at CUT: known for the published patterns, others are tried."""
+        parts = (*"aB1'!/é\u0301中。 \n\r", "'s", "a b", "x\n")
         return self.pattern in (GPT2_PATTERN, GPT4_PATTERN) or all(
             self(text) == self(text[:cut.start()]) + self(text[cut.start():])
             for text in map("".join, product(parts, repeat=3)) for cut in CUT.finditer(text))
 
 
-# --- merging: all words in one array ---------------------------------------------------------------
+# --- merging: all words in one array --------------------------------------------------------------
 
 class Words:
     """Words as linked lists in flat arrays (N,): symbol, and the next and previous living place."""
 
     def __init__(self, words: list[str], byte_ids: np.ndarray):
-        text = "\udcff".join(["", *words, ""])               # \udcff: the byte 255, which UTF-8 lacks
+        text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
         raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
         self.symbol = np.append(byte_ids[:255], NONE)[raw]
         self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
         self.border = np.flatnonzero(raw == 255)             # before each word, and behind the last
 
     def join(self, at: np.ndarray, new: int | np.ndarray) -> np.ndarray:
-        """Makes the pairs that begin at `at` (no two overlap) the symbol new; returns the places freed."""
+        """Makes the pairs that begin at the places `at` (n,), no two of which overlap, the symbols
+        new (or (n,) of them); returns the places freed (n,)."""
         gone = self.next[at]
         after = self.next[gone]
         self.symbol[at], self.symbol[gone] = new, NONE
@@ -214,21 +218,22 @@ class Words:
 def learn(words: Words, counts: np.ndarray, num_merges: int) -> Iterator[tuple[int, int]]:
     """Yields the merges: most frequent pair first, ties to the smaller (left, right).
 
-    A pair in many places is merged by numpy, one in few (a list, not an array) by plain Python, which
-    is faster there: half of the merges of a large vocabulary are rare.
+    A pair in many places is merged by numpy, one in few (a list, not an array) by plain Python,
+    which is faster there: half of the merges of a large vocabulary are rare.
     """
     symbol, nexts, previous = words.symbol, words.next, words.previous
     weight = np.repeat(np.append(counts, 0), np.diff(words.border, append=len(symbol)))
-    heap: list[tuple] = []                           # (-count, left, right, places where the pair begins)
-    push, views = heapq.heappush, (symbol.data, nexts.data, previous.data, weight.data)
-    symbol_at, next_at, previous_at, weight_at = views      # the same memory; quicker, one at a time
+    symbol_at, next_at, previous_at, weight_at = (        # the same memory; quicker, one at a time
+        symbol.data, nexts.data, previous.data, weight.data)
+    heap: list[tuple] = []                   # (-count, left, right, places where the pair begins)
+    push = heapq.heappush
 
     def note(pair: np.ndarray, at: np.ndarray, split) -> None:
         """Puts new pairs on the heap: pair (n,) is sorted, pair[i] begins at the place at[i]."""
         begin = np.concatenate(([0], (pair[1:] != pair[:-1]).nonzero()[0] + 1))
         count = np.add.reduceat(weight[at], begin).tolist()
         kind, begin = pair[begin].tolist(), begin.tolist()
-        for n, p, i, j in zip(count, kind, begin, [*begin[1:], len(at)]):
+        for n, p, i, j in zip(count, kind, begin, [*begin[1:], len(at)], strict=True):
             if n > 1:
                 push(heap, (-n, *split(p), at[i:j] if j - i > FEW else at[i:j].tolist()))
 
@@ -244,14 +249,12 @@ def learn(words: Words, counts: np.ndarray, num_merges: int) -> Iterator[tuple[i
                 alive = [p for p in at if symbol_at[p] == left and symbol_at[next_at[p]] == right]
             else:
                 alive = at[(symbol[at] == left) & (symbol[nexts[at]] == right)]
+                alive = alive if len(alive) > FEW else alive.tolist()
             if len(alive) == len(at):
                 break
-            if len(alive) <= FEW:          # some have died: back, with the new count
-                alive = alive if isinstance(alive, list) else alive.tolist()
-                count = sum(weight_at[p] for p in alive)
-            else:
-                count = int(weight[alive].sum())
-            if count > 1:
+            count = (sum([weight_at[p] for p in alive]) if isinstance(alive, list)
+                     else int(weight[alive].sum()))
+            if count > 1:                    # some have died: back, with the new count
                 push(heap, (-count, left, right, alive))
         else:
             return
@@ -289,7 +292,8 @@ def learn(words: Words, counts: np.ndarray, num_merges: int) -> Iterator[tuple[i
         key.sort()
         key = key[key.searchsorted(0):]
         if len(key):
-            note(key >> 32, key & 0xFFFFFFFF, lambda p, new=new: (new, p >> 1) if p & 1 else (p >> 1, new))
+            note(key >> 32, key & 0xFFFFFFFF,
+                 lambda p, new=new: (new, p >> 1) if p & 1 else (p >> 1, new))
 
 
 class Merges:
@@ -309,7 +313,8 @@ class Merges:
         band, end = 0, len(merges)
         for i, symbol in enumerate(made):
             if use.get(symbol, i + 1) <= i:
-                raise ValueError(f"merge {use[symbol]} uses the token {symbol}, which merge {i} makes later")
+                raise ValueError(f"merge {use[symbol]} uses the token {symbol}, "
+                                 f"which merge {i} makes later")
             if i == end:
                 band, end = band + 1, len(merges)
             self.band[i] = band
@@ -325,7 +330,7 @@ class Merges:
     def encode(self, words: Words) -> None:
         """Makes all merges in the words, in the same order as one would in each word alone."""
         symbol, nexts, previous = words.symbol, words.next, words.previous
-        rank = np.append(self.look_up(symbol[:-1], symbol[1:]), self.none)   # of the pair that begins here
+        rank = np.append(self.look_up(symbol[:-1], symbol[1:]), self.none)   # of the pair from here
         waiting: dict[int, list[np.ndarray]] = defaultdict(list)             # band -> places
         heap: list[int] = []
 
@@ -335,7 +340,7 @@ class Merges:
             order = np.argsort(band, kind="stable")
             at, band = at[order], band[order]
             begin = np.flatnonzero(np.diff(band, prepend=-1)).tolist()
-            for b, i, j in zip(band[begin].tolist(), begin, [*begin[1:], len(at)]):
+            for b, i, j in zip(band[begin].tolist(), begin, [*begin[1:], len(at)], strict=False):
                 if b not in waiting:
                     heapq.heappush(heap, b)
                 waiting[b].append(at[i:j])
@@ -346,7 +351,7 @@ class Merges:
             at = np.unique(np.concatenate(waiting.pop(band)))
             while len(at := at[self.band[rank[at]] == band]):
                 here, left, right = rank[at], rank[previous[at]], rank[nexts[at]]
-                # Now: pairs whose overlapping neighbours come later; of aaaaa the first, third ... pair.
+                # Now: pairs whose overlapping neighbours come later; of aaaaa the first, third ...
                 i = np.arange(len(at))
                 run = np.maximum.accumulate(np.where(left == here, 0, i))
                 now = (left > here)[run] & ((i - run) % 2 == 0) & (right >= here)
@@ -356,7 +361,7 @@ class Merges:
                 wait(changed)
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 class BPE:
     """Byte-level BPE tokenizer.
@@ -367,40 +372,41 @@ class BPE:
     ValueError for a vocab_size too small, a pattern it can't express, names empty or given twice.
     """
 
-    def __init__(self, vocab_size: int, pattern: str = GPT2_PATTERN, special_tokens: Iterable[str] = ()):
+    def __init__(self, vocab_size: int, pattern: str = GPT2_PATTERN,
+                 special_tokens: Iterable[str] = ()):
         names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
-        if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
         if vocab_size < 256 + len(names):
-            raise ValueError(f"vocab_size={vocab_size}: 256 bytes and {len(names)} special tokens need "
-                             f"{256 + len(names)} or more")
+            raise ValueError(f"vocab_size={vocab_size}: 256 bytes and {len(names)} special tokens "
+                             f"need {256 + len(names)} or more")
         self.vocab_size, self.pattern = int(vocab_size), pattern
         self._split = Splitter(pattern)
         self._set(range(256), [], [], names)
 
     def _set(self, byte_ids, merges: list, made: list, special, others=()) -> None:
-        """byte_ids (256,); merges and the ids that they make; special {name: id}, or names that get the
-        next ids; others {id: bytes}: tokens that no merge makes."""
+        """byte_ids (256,); merges and the ids that they make; special {name: id}, or names that get
+        the next ids; others {id: bytes}: tokens that no merge makes."""
         if not isinstance(special, dict):
             special = {name: 256 + len(merges) + i for i, name in enumerate(special)}
         self.merges: list[tuple[int, int]] = merges
         self.special_tokens: dict[str, int] = special
         self._byte_ids, self._made, self._ready = np.array(byte_ids), made, None
         self._bytes = {i: bytes([b]) for b, i in enumerate(byte_ids)} | dict(others)
-        for (left, right), i in zip(merges, made):
+        for (left, right), i in zip(merges, made, strict=True):
             self._bytes[i] = self._bytes[left] + self._bytes[right]
         self._bytes |= {i: name.encode() for name, i in special.items()}
         self._forget()
 
     def _forget(self) -> None:
-        """The memory of words: word -> number k, whose ids are _ids[_begin[k] : _begin[k] + _many[k]].
-        Ready ids stand in it, too, as words of their own: they encode to themselves."""
+        """The memory of words: word -> number k, with the _many[k] ids that begin at _begin[k] in
+        _ids. Ready ids stand in it, too, as words of their own: they encode to themselves."""
         ids = np.array(list(self._bytes))
         self._remember(list(self._bytes), ids, np.arange(len(ids)), np.ones(len(ids), np.int64))
 
     def _remember(self, words, ids, begin, many) -> None:
-        self._number = defaultdict(None, zip(words, range(len(words))))
-        self._number.default_factory = self._number.__len__   # a new word gets the next number, in C
+        self._number = defaultdict(None, zip(words, range(len(words)), strict=True))
+        self._number.default_factory = self._number.__len__  # a new word gets the next number, in C
         self._ids, self._begin, self._many = ids, begin, many
 
     def _add(self, ids, begin, many) -> None:
@@ -408,22 +414,19 @@ class BPE:
         self._ids, self._many = np.append(self._ids, ids), np.append(self._many, many)
 
     def __len__(self) -> int:
-        """The highest id + 1: the number of tokens (unless a file from elsewhere leaves ids out)."""
+        """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
         return max(self._bytes) + 1
 
     def fit(self, text: str | Iterable[str]) -> "BPE":
-        """Learns the merges from a text, or from an iterable of texts, read once and never held whole.
+        """Learns the merges from a text, or an iterable of texts (read once, never held whole).
 
-        Words don't cross the texts of an iterable. The next merge is the most frequent pair inside the
-        words, ties go to the smaller (left id, right id). It stops early when no pair occurs twice.
+        Words don't cross the texts of an iterable. The next merge is the most frequent pair inside
+        the words, ties go to the smaller (left id, right id). It stops early when no pair occurs
+        twice. An item that is no str, or has lone surrogates, is a ValueError.
         """
-        counts: dict[str, int] = Counter()
+        counts: Counter[str] = Counter()
         for part in self._spread("_count", self._batches(text, ids=False), "counting words"):
-            if counts:
-                for word, count in part.items():
-                    counts[word] = counts.get(word, 0) + count
-            else:
-                counts = part
+            counts.update(part)
         listed, weight = list(counts), np.fromiter(counts.values(), np.int64, len(counts))
         del counts
         words, special = Words(listed, np.arange(256)), list(self.special_tokens)
@@ -431,26 +434,23 @@ class BPE:
         merges = list(_progress(learn(words, weight, wanted), "merging", wanted))
         self._set(range(256), merges, list(range(256, 256 + len(merges))), special)
         if len(listed) <= CACHE_WORDS and len(words.symbol) <= CACHE_IDS:
-            self._number.update(zip(listed, range(len(self._number), len(self._number) + len(listed))))
+            self._number.update((word, i) for i, word in enumerate(listed, len(self._number)))
             self._add(*words.results())               # these words are encoded now
         return self
 
-    def _count(self, pieces: list[str]) -> Counter:
-        counts: Counter[str] = Counter()
-        for piece in pieces:
-            counts.update(self._split(piece))
-        return counts
+    def _count(self, pieces: list[str]) -> Counter[str]:
+        return Counter(chain.from_iterable(map(self._split, pieces)))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost, of
-        several the longest, becomes its id. Text with lone surrogates is a ValueError.
+        """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
+        of several the longest, becomes its id. Text with lone surrogates is a ValueError.
 
         >>> bpe = BPE(257, special_tokens=["<|end|>"])
         >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
         ([97, 256], 8)
         """
         if not isinstance(text, str):
-            raise ValueError(f"encode takes one str, not {type(text).__name__}")  # noqa: TRY004
+            raise ValueError(f"encode takes one str, not {type(text).__name__}")
         parts: list[str | int] = [text]
         if allow_special and self.special_tokens:
             names = sorted(self.special_tokens, key=len, reverse=True)
@@ -479,12 +479,14 @@ class BPE:
         end = np.cumsum(many)
         return self._ids[np.repeat(self._begin[number] - end + many, many) + np.arange(many.sum())]
 
-    def encode_file(self, source: str | os.PathLike | Iterable[str | int], out_path: str | os.PathLike) -> int:
-        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy file
-        (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
+    def encode_file(self, source: str | os.PathLike | Iterable[str | int],
+                    out_path: str | os.PathLike) -> int:
+        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy
+        file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
 
-        An int in the iterable is an id, written as it is (a special token between documents). Memory
-        is bounded; the file takes its place only when it is complete.
+        An int in the iterable is an id, written as it is (a special token between documents).
+        Memory is bounded; the file takes its place only when it is complete. Not UTF-8, lone
+        surrogates, an unknown id: ValueError.
         """
         if isinstance(source, (str, os.PathLike)):
             source = read_text(source) if self._split.cuttable else ["".join(read_text(source))]
@@ -500,17 +502,18 @@ class BPE:
         return total
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> bytes, for streams: a character may be spread over several tokens. Unknown id: ValueError."""
+        """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
+        is a ValueError."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         try:
             return b"".join(map(self._bytes.__getitem__, ids))
         except (KeyError, TypeError):
             wrong = next(i for i in ids if isinstance(i, list) or i not in self._bytes)
-            raise ValueError(f"{wrong!r} is no id of this tokenizer (0 to {len(self) - 1}): does it belong "
-                             "to the model?") from None
+            raise ValueError(f"{wrong!r} is no id of this tokenizer (0 to {len(self) - 1}): "
+                             "does it belong to the model?") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        """Ids -> text; bytes that are no UTF-8 become U+FFFD. An unknown id is a ValueError."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
@@ -520,21 +523,23 @@ class BPE:
         low|·|low|e|r
         """
         ids = self.encode(text) if isinstance(text, str) else text
-        tokens = [self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
-        return "|".join("".join("·" if c == " " else c if c.isprintable() else ascii(c)[1:-1] for c in token)
-                        for token in tokens)
+        tokens = (self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
+        return "|".join("".join("·" if c == " " else c if c.isprintable() else ascii(c)[1:-1]
+                                for c in token) for token in tokens)
 
     # --- work for several processes ---
 
-    def _batches(self, items: str | Iterable[str | int], ids: bool = True) -> Iterator[list[str | int]]:
+    def _batches(self, items: str | Iterable[str | int], ids: bool = True) -> Iterator[list]:
         """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
         batch, size = [], 0
         for item in [items] if isinstance(items, str) else items:
             if not isinstance(item, str) and not (ids and item in self._bytes):
-                raise ValueError(f"{item!r} is no text" + ids * f" and no id (0 to {len(self) - 1})")
+                no_id = f" and no id (0 to {len(self) - 1})" if ids else ""
+                raise ValueError(f"{item!r} is no text{no_id}")
             begin, length = 0, len(item) if isinstance(item, str) else 1
             while begin < length:
-                cut = length > begin + PIECE and self._split.cuttable and CUT.search(item, begin + PIECE)
+                cut = (length > begin + PIECE and self._split.cuttable
+                       and CUT.search(item, begin + PIECE))
                 end = cut.start() if cut else length
                 batch.append(item[begin:end] if isinstance(item, str) else int(item))
                 size, begin = size + end - begin, end
@@ -546,9 +551,10 @@ class BPE:
 
     def _spread(self, job: str, batches: Iterator[list], title: str) -> Iterator:
         """Yields getattr(self, job)(batch) for each batch, in order; if there are many, from worker
-        processes: this file run anew, so that the caller's main module is never imported again and no
-        thread is ever forked. Where that doesn't work this process does it all."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes: this file run anew, so that the caller's main module is never imported again and
+        no thread is ever forked. Where that doesn't work this process does it all."""
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        cores = len(affinity(0))
         first = list(islice(batches, WORKERS_FROM))
         workers: list = []
         busy: deque = deque()                        # (worker, the batch that it works on)
@@ -571,8 +577,9 @@ class BPE:
 
         try:
             if len(first) == WORKERS_FROM and cores > 1 and not getattr(sys, "frozen", False):
-                cache = (list(self._number), self._ids, self._begin, self._many) if job == "_encode" else None
-                state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made, cache))
+                cache = (list(self._number), self._ids, self._begin, self._many)
+                state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made,
+                                      cache if job == "_encode" else None))
                 with contextlib.suppress(OSError, NameError, TypeError):
                     for _ in range(min(cores, MAX_WORKERS)):
                         workers.append(_start_worker())
@@ -593,34 +600,39 @@ class BPE:
                 worker.kill()
                 worker.communicate()
 
-    # --- files
+    # --- files ---
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
-        tokenizers.Tokenizer.from_file reads it and gives the same ids, but always takes special tokens in a text for
-        what they are (our allow_special=True)."""
+
+        tokenizers.Tokenizer.from_file reads it and gives the same ids, but always takes special
+        tokens in a text for what they are (our allow_special=True). ValueError for what the format
+        can't express.
+        """
         letter = _byte_letters()
         name = {i: "".join(map(letter.__getitem__, token)) for i, token in self._bytes.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
-            twice = next(text for text, count in Counter(name.values()).items() if count > 1)
-            raise ValueError(f"two tokens are both written {twice!r}, which the file format can't express: "
-                             "choose other special tokens")
-        if self.pattern == GPT2_PATTERN:
-            split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        else:
-            split = {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": self._split.for_oniguruma()}, "behavior": "Isolated",
-                 "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+            twice = Counter(name.values()).most_common(1)[0][0]
+            raise ValueError(f"two tokens are both written {twice!r}, which the file format can't "
+                             "express: choose other special tokens")
+        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                 "use_regex": self.pattern == GPT2_PATTERN}
+        if self.pattern != GPT2_PATTERN:
+            regex = {"type": "Split", "pattern": {"Regex": self._split.for_oniguruma()},
+                     "behavior": "Isolated", "invert": False}
+            split = {"type": "Sequence", "pretokenizers": [regex, split]}
+        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         data = {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False, "special": True} for text, i in self.special_tokens.items()],
+            "added_tokens": [{"id": i, "content": text, **off, "special": True}
+                             for text, i in self.special_tokens.items()],
             "normalizer": None, "pre_tokenizer": split, "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                        "use_regex": True},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                       "vocab": {name[i]: i for i in sorted(name)},
                       "merges": [[name[left], name[right]] for left, right in self.merges]}}
         with _replace(path) as file:
@@ -628,14 +640,15 @@ class BPE:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
-        """Reads a byte-level BPE tokenizer.json, ours or another's. What can't be done exactly is a ValueError that
-        names it. Ids are as in the file."""
+        """Reads a byte-level BPE tokenizer.json, ours or another's; ids are as in the file. What
+        is broken or can't be done exactly is a ValueError that names it."""
         def wrong(why: str) -> ValueError:
             return ValueError(f"{os.fspath(path)}: {why}")
 
         def once(pairs: list) -> dict:
             if len(found := dict(pairs)) < len(pairs):
-                raise wrong(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands there twice")
+                twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+                raise wrong(f"{twice!r} stands there twice")
             return found
 
         with open(path, "rb") as file:
@@ -645,82 +658,78 @@ class BPE:
             model = data["model"]
             vocab, merges = model["vocab"], model["merges"]
             special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-            if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
+            if model.get("type", "BPE") != "BPE" or (type(vocab), type(merges)) != (dict, list):
                 raise wrong(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
             pattern = _read_settings(data, wrong)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise wrong(f"no complete tokenizer.json ({error}); save or download it again") from None
+            raise wrong(f"no complete tokenizer.json ({error}): save it again") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise wrong(f"no tokenizer.json of a BPE model ({type(error).__name__}: {error})") from None
+            raise wrong(f"no tokenizer.json of a BPE model ({error!r})") from None
 
-        ids = {**vocab, **special}
-        if moved := [token for token in special if vocab.get(token, ids[token]) != ids[token]]:
-            raise wrong(f"the added token {moved[0]!r} has one id there and another in the vocabulary")
-        if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids.values()):
-            raise wrong("its ids must be whole numbers from 0 to 2**31 - 1")
-        if len(set(ids.values())) < len(ids):
-            twice = Counter(ids.values()).most_common(1)[0][0]
-            raise wrong(f"id {twice} belongs to {[token for token, i in ids.items() if i == twice]}")
-        letters = _byte_letters()
-        for byte, letter in enumerate(letters):
+        token_of: dict[int, str] = {}
+        for token, i in chain(vocab.items(), special.items()):
+            if type(i) is not int or not 0 <= i < 1 << 31:
+                raise wrong(f"id {i!r} of {token!r}: ids are whole numbers from 0 to 2**31 - 1")
+            if token_of.setdefault(i, token) != token:
+                raise wrong(f"id {i} belongs to both {token_of[i]!r} and {token!r}")
+            if vocab.get(token, i) != i:
+                raise wrong(f"{token!r} has id {vocab[token]} in the vocabulary, added it has {i}")
+        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        for letter, byte in byte_of.items():
             if letter not in vocab:
-                raise wrong(f"no token for the byte {byte} ({letter!r}): not byte-level, or a part is missing")
-        byte_of = {letter: byte for byte, letter in enumerate(letters)}
+                raise wrong(f"no token for byte {byte} ({letter!r}): not byte-level, or incomplete")
         pairs, made = [], []
         for number, merge in enumerate(merges):
             parts = merge.split(" ") if isinstance(merge, str) else merge
-            if len(parts) != 2 or not all(isinstance(part, str) and part in vocab for part in parts):
+            if (not isinstance(parts, list) or len(parts) != 2
+                    or not all(isinstance(p, str) and p in vocab for p in parts)):
                 raise wrong(f"merge {number} is {merge!r}: it must be two tokens of the vocabulary")
-            if "".join(parts) not in vocab:
-                raise wrong(f"merge {number}, {merge!r}, makes a token that isn't in the vocabulary")
+            if (token := "".join(parts)) not in vocab:
+                raise wrong(f"merge {number} makes {token!r}, which isn't in the vocabulary")
             pairs.append((vocab[parts[0]], vocab[parts[1]]))
-            made.append(vocab["".join(parts)])
+            made.append(vocab[token])
         if len(set(pairs)) < len(pairs):
             raise wrong(f"the merge {Counter(pairs).most_common(1)[0][0]} stands there twice")
         bpe = cls(256 + len(special), pattern, special)
-        extra = {i: bytes(map(byte_of.__getitem__, token)) if all(c in byte_of for c in token) else token.encode()
-                 for token, i in vocab.items()}
-        bpe._set([vocab[letter] for letter in letters], pairs, made, special, extra)
+        others = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token)
+                  else token.encode() for token, i in vocab.items()}
+        bpe._set([vocab[letter] for letter in byte_of], pairs, made, special, others)
         bpe.vocab_size = len(bpe)
         try:
             bpe._ready = Merges(pairs, made)
         except ValueError as error:
             raise wrong(str(error)) from None
-        if model.get("ignore_merges"):     # words that are tokens are taken whole: is that any different?
-            whole = {i: token for i, token in bpe._bytes.items() if i not in special.values() and b"\xff" not in token}
-            words = Words([token.decode("utf-8", "surrogateescape") for token in whole.values()], bpe._byte_ids)
+        if model.get("ignore_merges"):     # a word that is a token is taken whole: the same ids?
+            whole = {i: token.decode("utf-8", "surrogateescape") for i, token in bpe._bytes.items()
+                     if i not in special.values() and b"\xff" not in token}
+            words = Words(list(whole.values()), bpe._byte_ids)
             bpe._ready.encode(words)
             ids, _, many = words.results()
             if (many != 1).any() or ids.tolist() != list(whole):
-                raise wrong("its model's ignore_merges changes the ids of words, which isn't supported")
+                raise wrong("its model's ignore_merges changes ids, which isn't supported")
         return bpe
 
 
 def _read_settings(data: dict, wrong) -> str:
     """Refuses by name what BPE.load can't do exactly; returns the split pattern."""
-    for name in ("normalizer", "truncation", "padding"):
-        if data.get(name):
-            raise wrong(f"its {name} ({data[name].get('type', 'on')}) isn't supported: set it to null if you don't need it")
-    model = data["model"]
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise wrong(f"its model's {name}={model[name]!r} isn't supported")
-    for token in data.get("added_tokens") or []:
-        for name in ("single_word", "lstrip", "rstrip"):
-            if token.get(name):
-                raise wrong(f"{name} of the added token {token['content']!r} isn't supported")
-    if (data.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
-        raise wrong(f"its post_processor {data['post_processor']['type']} may add tokens, which isn't supported: set it to "
-                    "null and add them yourself")
-    if (data.get("decoder") or {"type": "ByteLevel"})["type"] != "ByteLevel":
-        raise wrong(f"its decoder {data['decoder']['type']} isn't supported, only ByteLevel")
+    off = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
+           "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
+    for settings in (data, data["model"], *(data.get("added_tokens") or [])):
+        for name in settings:
+            if name in off and settings[name]:
+                of = f" of {settings['content']!r}" if "content" in settings else ""
+                raise wrong(f"its {name}{of} ({repr(settings[name])[:60]}) isn't supported: "
+                            "set it to null or false if you can do without it")
+    for name in ("post_processor", "decoder"):
+        if (kind := (data.get(name) or {"type": "ByteLevel"})["type"]) != "ByteLevel":
+            raise wrong(f"its {name} {kind} isn't supported, only ByteLevel or null")
     before = data.get("pre_tokenizer") or {"type": None}
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     names = [step["type"] for step in steps]
     if names not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise wrong(f"its pre_tokenizer {names} isn't supported, only ByteLevel alone or behind one Split")
+        raise wrong(f"its pre_tokenizer {names} isn't supported, only [Split and] ByteLevel")
     if steps[-1].get("add_prefix_space", True):
-        raise wrong("its add_prefix_space isn't supported: set it to false and begin your texts with a space")
+        raise wrong("its add_prefix_space isn't supported: set it to false and begin with a space")
     if steps[-1].get("use_regex", True) != (len(steps) == 1):
         raise wrong("its ByteLevel must have use_regex = true alone, = false behind a Split")
     if len(steps) == 1:
@@ -736,10 +745,9 @@ def _read_settings(data: dict, wrong) -> str:
     return pattern
 
 
-
 def _byte_letters() -> list[str]:
-    """The 256 visible letters that stand for the bytes in tokenizer.json (Radford et al. 2019): those that can be
-    seen stand for themselves, the others for the letters from U+0100 on."""
+    """The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that
+    can be seen in Latin-1 for themselves, for the others those from U+0100 on."""
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = iter(range(256, 512))
     return [chr(b if b in seen else next(hidden)) for b in range(256)]
@@ -764,9 +772,10 @@ def _replace(path: str | os.PathLike):
 
 
 def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Yields the text of the bytes [start, stop) of a UTF-8 file in pieces of a few MB, exactly as it stands there
-    (byte order mark, \\r\\n), cut where no pre-token can cross. An offset inside a character means the next one.
-    Text that offers no place to cut (a single word) stays whole. Not UTF-8: ValueError with the offset."""
+    """Yields the text of the bytes [start, stop) of a UTF-8 file in pieces of a few MB, exactly as
+    it stands there (byte order mark, \\r\\n), cut where no pre-token can cross. An offset inside a
+    character means the next one. Text that offers no place to cut (a single word) stays whole.
+    ValueError for offsets outside the file, and with the offset for what is not UTF-8."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         stop = size if stop is None else stop
@@ -781,30 +790,29 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
         start, stop = to_character(start), to_character(stop)
         file.seek(start)
         decoder = codecs.getincrementaldecoder("utf-8")()
-        held, tail = [], ""                            # text since the last cut; its last two characters
+        held, tail = [], ""                     # text since the last cut; its last two characters
         while True:
             raw = file.read(min(READ_BYTES, stop - start))
             undecoded = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
-                                 f"({error.reason}): save it as UTF-8, or find out its encoding and convert it "
-                                 "(iconv -f ENCODING -t UTF-8)") from None
+                at = start - undecoded + error.start
+                raise ValueError(
+                    f"{os.fspath(path)} is not UTF-8 at byte {at} ({error.reason}): find out its "
+                    "encoding and convert it (iconv -f ENCODING -t UTF-8)") from None
             start += len(raw)
             if not raw:
                 break
-            cut = 0
-            for begin in (len(text) - 10_000, 0):      # the last place to cut, most often near the end
-                cut = max((m.start() for m in CUT.finditer(tail + text, len(tail) + max(begin, 0))), default=0)
-                if cut:
-                    break
-            if cut:
-                cut -= len(tail)
+            joined, last = tail + text, None
+            for begin in (len(joined) - 10_000, 0):        # the last cut, most often near the end
+                last = last or deque(CUT.finditer(joined, max(begin, len(tail))), maxlen=1)
+            if last:
+                cut = last[0].start() - len(tail)
                 yield "".join(held) + text[:cut]
                 held, text = [], text[cut:]
             held.append(text)
-            tail = (tail + text)[-2:]
+            tail = joined[-2:]
         if text := "".join(held):
             yield text
 
@@ -819,15 +827,16 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
 
 
 def _start_worker():
-    """This file as a process of its own. -P: no file beside it can stand in for a standard module."""
+    """This file as a process of its own. -P: no file beside it stands in for a standard module."""
     import subprocess
-    return subprocess.Popen([sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    return subprocess.Popen(
+        [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
 
 
 def _work() -> None:
-    """The main loop of a worker process: batches in, answers out, until the caller closes the pipe."""
+    """The main loop of a worker: batches in, answers out, until the caller closes the pipe."""
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is the caller's business
     source, target = sys.stdin.buffer, sys.stdout.buffer
@@ -841,20 +850,47 @@ def _work() -> None:
             job, batch = pickle.load(source)
             try:
                 answer = getattr(bpe, job)(batch)
-            except Exception as error:  # noqa: BLE001 (it is raised again at the caller's end)
+            except Exception as error:                       # raised again at the caller's end
                 answer = error
             pickle.dump(answer, target, pickle.HIGHEST_PROTOCOL)
             target.flush()
 
 
-def main() -> None:
+def draw_tokens(tokens: list[str], path: str) -> None:
+    """Draw the tokens of a text as a row of coloured boxes."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("No picture: it needs matplotlib (pip install matplotlib)")
+        return
+    ends = np.cumsum([len(token) for token in tokens])
+    figure, axes = plt.subplots(figsize=(ends[-1] / 8, 0.5), layout="constrained")
+    for n, (token, end) in enumerate(zip(tokens, ends.tolist(), strict=True)):
+        axes.barh(0, len(token), left=end - len(token), color=f"C{n % 10}", alpha=0.4, edgecolor="k")
+        axes.text(end - len(token) / 2, 0, token, ha="center", va="center", family="monospace")
+    axes.set_xlim(0, ends[-1])
+    axes.axis("off")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"drawn: {path}")
+
+
+def demo() -> None:
+    """Print how a sentence is merged step by step; draw one as a trained tokenizer cuts it."""
     text = "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure."
     print(f"The most frequent pair of neighbours becomes a token, again and again:\n\n{text}\n")
     for number in range(1, 13):
         bpe = BPE(256 + number).fit(text)
         left, right = bpe.merges[-1]
-        print(f"{255 + number} = {bpe.show([left])} + {bpe.show([right])}".ljust(20), bpe.show(text))
+        merge = f"{255 + number} = {bpe.show([left])} + {bpe.show([right])}"
+        print(merge.ljust(20), bpe.show(text))
+    if os.path.exists("out/tokenizer.json"):
+        trained = BPE.load("out/tokenizer.json")
+        sentence = "If an exception is raised in the else clause, it isn't handled. Éclair 123"
+        print(f"\nAs out/tokenizer.json cuts a sentence:\n{trained.show(sentence)}")
+        os.makedirs("assets", exist_ok=True)
+        draw_tokens(trained.show(sentence).split("|"), "assets/tokens.png")
 
 
 if __name__ == "__main__":
-    _work() if sys.argv[1:] == [WORKER_FLAG] else main()
+    _work() if sys.argv[1:] == [WORKER_FLAG] else demo()
