@@ -866,7 +866,8 @@ def draw_tokens(tokens: list[str], path: str) -> None:
     ends = np.cumsum([len(token) for token in tokens])
     figure, axes = plt.subplots(figsize=(ends[-1] / 8, 0.5), layout="constrained")
     for n, (token, end) in enumerate(zip(tokens, ends.tolist(), strict=True)):
-        axes.barh(0, len(token), left=end - len(token), color=f"C{n % 10}", alpha=0.4, edgecolor="k")
+        axes.barh(0, len(token), left=end - len(token), color=f"C{n % 10}", alpha=0.4,
+                  edgecolor="black")
         axes.text(end - len(token) / 2, 0, token, ha="center", va="center", family="monospace")
     axes.set_xlim(0, ends[-1])
     axes.axis("off")

@@ -57,7 +57,7 @@ class GPT(nn.Module):
         super().__init__()
         self.sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "emb_size": emb_size,
                       "num_heads": num_heads, "head_size": head_size, "num_layers": num_layers,
-                      "dropout": dropout}
+                      "dropout": float(dropout)}
         _check_whole("num_layers", num_layers, at_least=1)
         self.token_embeddings = TokenEmbeddings(vocab_size, emb_size)
         self.positional_embeddings = PositionalEmbeddings(max_seq_len, emb_size)
@@ -88,6 +88,8 @@ class GPT(nn.Module):
         With a cache (from new_cache), x are the tokens after the cached ones, and are added to it.
         ValueError if the tokens, cached ones included, are more than max_seq_len.
         """
+        if x.dim() != 2:
+            raise ValueError(f"ids of shape {tuple(x.shape)}: give (B, T); of one row, ids[None]")
         start = cache[0].length if cache else 0
         h = self.token_embeddings(x) + self.positional_embeddings(x.shape[1], start)
         h = self.dropout(h)
@@ -114,7 +116,7 @@ class GPT(nn.Module):
         top_p: only the likeliest that together have the probability p (Holtzman et al. 2019), of
         what top_k left. generator: makes the draw reproducible and leaves the global one alone.
         stop_token: a row that has produced it is filled up with it; all done, it ends.
-        use_cache=False computes everything again at each step: slow, and the same tokens.
+        use_cache=False computes everything again at each step: slow, and the same but for rounding.
         Beyond max_seq_len only the last max_seq_len tokens are seen. ValueError for arguments out
         of range, an empty or wrong prompt, and a model whose logits are not numbers any more.
         """
@@ -203,21 +205,20 @@ class GPT(nn.Module):
                 _check_whole(name, value, at_least=1)
         if warmup_steps is not None:
             _check_whole("warmup_steps", warmup_steps, at_least=0)
-        for name, value in (("learning_rate", learning_rate), ("grad_clip", grad_clip)):
-            if not value > 0:
-                raise ValueError(f"{name}={value!r}: pick a number above 0")
-        if not (0 < learning_rate < math.inf and 0 <= weight_decay < math.inf):
-            raise ValueError(
-                f"learning_rate={learning_rate!r}, weight_decay={weight_decay!r}: pick "
-                f"finite numbers, the first above 0, the second 0 or more"
-            )
-        epoch_steps = None
-        if hasattr(train_loader, "__len__"):
+        learning_rate = _check_number("learning_rate", learning_rate)
+        weight_decay = _check_number("weight_decay", weight_decay, zero=True)
+        grad_clip = _check_number("grad_clip", grad_clip, infinite=True)
+        try:
             epoch_steps = -(-len(train_loader) // accumulate)
-        elif max_steps is None:
+        except TypeError:  # no length: a generator, say
+            epoch_steps = None
+        if epoch_steps is None and max_steps is None:
             raise ValueError("max_steps=None and a train_loader without a length: give max_steps")
         if epoch_steps == 0:
             raise ValueError("the train_loader has no batch: give it more text or smaller batches")
+        settings = {"learning_rate": learning_rate, "warmup_steps": warmup_steps,
+                    "weight_decay": weight_decay, "grad_clip": grad_clip,
+                    "accumulate": accumulate, "epoch_steps": epoch_steps}
         total_steps = max_steps or num_epochs * epoch_steps
         if warmup_steps is None:
             warmup_steps = max(100, total_steps // 10)
@@ -225,19 +226,17 @@ class GPT(nn.Module):
 
         training = _Training(self, learning_rate, weight_decay, grad_clip, dtype)
         run = training.run
-        settings = {"learning_rate": learning_rate, "weight_decay": weight_decay,
-                    "grad_clip": grad_clip, "accumulate": accumulate, "epoch_steps": epoch_steps}
         if checkpoint is not None:
             _leftover(checkpoint).unlink(missing_ok=True)  # of a save that was killed
             if Path(checkpoint).exists():
                 training.resume(checkpoint, settings, dtype)
         seekable = hasattr(train_loader, "batch")
+        stop = training.any_rank(self.stop_training)
         with training.bar(total_steps) as bar, _mode(self.modules(), train=True):
-            while run["step"] < total_steps and not self.stop_training:
+            while run["step"] < total_steps and not stop:
                 for window, last in _windows(train_loader, run["epoch"], run["batch"], accumulate):
-                    if compile:
-                        training.compile(window)
-                        compile = False
+                    if training.net is None:
+                        training.start(compile, window)
                     training.step(window, learning_rate_at(run["step"], learning_rate, warmup_steps,
                                                            total_steps))
                     run["epoch"], run["batch"] = ((run["epoch"] + 1, 0) if last else
@@ -253,7 +252,7 @@ class GPT(nn.Module):
                         continue
                     if checkpoint is not None and (last or done or seekable):
                         training.save(checkpoint, settings)
-                    self.stop_training = stop
+                    training.start_clock()
                     if done or stop:
                         break
         self.stop_training = False
@@ -282,7 +281,7 @@ class GPT(nn.Module):
             model = cls(**saved["sizes"], device="meta")
         model.load_state_dict(saved["weights"], assign=True)
         model.notes = saved["notes"]
-        model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(True)
+        model.to(device=device, dtype=DTYPES[dtype]).eval()
         if model.device.type == "cpu" and dtype == "fp32":
             for module in model.modules():
                 if isinstance(module, nn.Linear):  # the same matrix, laid out by columns: one token
@@ -307,7 +306,7 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
                          "training diverged; load an earlier checkpoint or lower the learning rate")
     if temperature == 0:
         return ids[:, 0]
-    logits = (logits - best).float() / max(temperature, 1e-30)  # best -> 0: tiny temperatures work
+    logits = (logits.float() - best.float()) / max(temperature, 1e-30)  # best -> 0, never 0 / 0
     if top_k is not None:
         logits, ids = keep_top_k(logits, top_k)
     elif top_p is not None and top_p < 1:
@@ -330,7 +329,7 @@ def keep_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Best first (B, K) -> the same, -inf below the smallest head of probability p or more.
+    """Best first (B, K) -> the same, -inf behind the first few that have probability p together.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), p=0.6).exp()
     tensor([[0.5000, 0.3000, 0.0000]])
@@ -395,8 +394,7 @@ class _Training:
         self.model, self.grad_clip, self.device = model, grad_clip, model.device
         self.rank, self.ranks = ((dist.get_rank(), dist.get_world_size())
                                  if dist.is_available() and dist.is_initialized() else (0, 1))
-        self.net = model if self.ranks == 1 else nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        self.net: nn.Module | None = None  # what a step calls: see start
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and norms: no decay
         self.optimizer = torch.optim.AdamW(
@@ -407,7 +405,16 @@ class _Training:
         self.run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0,
                     "loss_steps": 0, "train_losses": [], "valid_losses": [],
                     "dtype": pick_dtype(self.device, dtype)}
-        self._start_clock()
+        self.start_clock()
+
+    def start(self, compile: bool, window: list[tuple[Tensor, Tensor]]) -> None:
+        """Make the net that the steps call: the model, compiled if wanted, shared among ranks."""
+        self.net = self.model
+        if compile:
+            self._compile(window)
+        if self.ranks > 1:
+            self.net = nn.parallel.DistributedDataParallel(
+                self.net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def autocast(self):
         return (torch.autocast(self.device.type, torch.bfloat16) if self.run["dtype"] == "bf16"
@@ -417,12 +424,12 @@ class _Training:
         """The sum of -log p(y) over all B·T positions, in fp32."""
         for ids in (x, y):
             _check_ids(ids, self.model.sizes["vocab_size"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # from pinned memory the copy needn't be waited for
             x, y = (ids.pin_memory() if ids.device.type == "cpu" else ids for ids in (x, y))
-        x, y = (ids.to(self.device, non_blocking=True) for ids in (x, y))
+        x, y = (ids.to(self.device, non_blocking=self.device.type == "cuda") for ids in (x, y))
         with self.autocast():
             logits = net(x)  # (B, T) -> (B, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten().long(), reduction="sum")
 
     def step(self, window: list[tuple[Tensor, Tensor]], learning_rate: float) -> None:
         """One step on one or more batches, whose tokens all count the same."""
@@ -459,7 +466,7 @@ class _Training:
         run, speed = self.run, self.tokens_per_second()
         train_loss, steps = self._sum(run["loss_sum"], run["loss_steps"])
         total, tokens = 0.0, 0
-        with _mode(self.model.modules(), train=False), torch.no_grad(), _random_untouched():
+        with _mode(self.model.modules(), train=False), torch.no_grad(), self.random_untouched():
             for x, y in tqdm(valid_loader, desc="validate", leave=False, disable=self.rank != 0):
                 if y.numel():
                     total += self.loss(self.model, x, y).item()
@@ -480,7 +487,6 @@ class _Training:
                      "best": run["valid_losses"][-1] < best,
                      "learning_rate": self.optimizer.param_groups[0]["lr"],
                      "tokens_per_second": speed})
-        self._start_clock()
 
     def save(self, path: str | os.PathLike, settings: dict) -> None:
         states = [None] * self.ranks
@@ -512,23 +518,35 @@ class _Training:
                              f"another name as the checkpoint to start anew")
         self.model.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in self.optimizer.state.items():  # laid out in memory as the weights:
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused optimizer takes that for granted
+                state[name] = torch.empty_like(parameter).copy_(state[name])
         self.run.update(saved["run"])
         state = saved["random_states"][self.rank]
         torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+        self.start_clock()
 
-    def compile(self, window: list[tuple[Tensor, Tensor]]) -> None:
+    def _compile(self, window: list[tuple[Tensor, Tensor]]) -> None:
         """Switch to torch.compile if it works on this window; otherwise say so and stay eager."""
+        reason = ""
+        _check_ids(window[0][0], self.model.sizes["vocab_size"])
         try:
-            net = torch.compile(self.net)
-            with _random_untouched():
-                self.loss(net, *window[0]).backward()
-            self.net = net
+            compiled = torch.compile(self.model)
+            with self.random_untouched():
+                self.loss(compiled, *window[0]).backward()
         except Exception as error:  # whatever a compiler may throw
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"torch.compile doesn't work here, going on without: {reason}")
+        if not self.any_rank(bool(reason)):
+            self.net = compiled
+        elif self.rank == 0:
+            print(f"torch.compile doesn't work here, going on without: {reason or 'another rank'}")
         self.optimizer.zero_grad()
+
+    def random_untouched(self):
+        """A context in which random numbers may be drawn that nobody misses afterwards."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def any_rank(self, stop: bool) -> bool:
         """Whether any rank wants to stop: they all must at the same step, or they'd hang."""
@@ -545,7 +563,7 @@ class _Training:
         """Since the last validation."""
         return (self.run["tokens"] - self.clock_tokens) / (time.perf_counter() - self.clock)
 
-    def _start_clock(self) -> None:
+    def start_clock(self) -> None:
         self.clock, self.clock_tokens = time.perf_counter(), self.run["tokens"]
 
     def _sum(self, *values: float) -> tuple[float, ...]:
@@ -564,7 +582,7 @@ def _windows(loader: Iterable, epoch: int, first: int,
         n = len(loader)
         batches = map(loader.batch, range(epoch * n + first, (epoch + 1) * n))
     else:
-        batches = iter(loader)
+        batches = islice(loader, first, None)
     following = list(islice(batches, accumulate))
     if not following:
         raise ValueError(f"no batch from the train_loader in epoch {epoch + 1}: a generator can be "
@@ -590,15 +608,6 @@ def _mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
             module.training = not train
 
 
-@contextmanager
-def _random_untouched() -> Iterator[None]:
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def _random_state(device: torch.device) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -611,7 +620,15 @@ def _check_whole(name: str, value: object, at_least: int) -> None:
         raise ValueError(f"{name}={value!r}: pick a whole number, {at_least} or more")
 
 
+def _check_number(name: str, value: float, zero: bool = False, infinite: bool = False) -> float:
+    if not (value > 0 or zero and value == 0) or value == math.inf and not infinite:
+        raise ValueError(f"{name}={value!r}: pick a number {'from 0 on' if zero else 'above 0'}")
+    return float(value)
+
+
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.numel() == 0:
+        raise ValueError(f"a batch of shape {tuple(ids.shape)}: there must be a token in it")
     low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"id {low if low < 0 else high}: the model's vocabulary has the ids 0 to "
@@ -663,21 +680,27 @@ def read_file(path: str | os.PathLike) -> dict:
 def _check_weights(path: str | os.PathLike, saved: dict) -> None:
     """ValueError, naming the field, if the constructor arguments and the weights disagree."""
     sizes, weights = saved["sizes"], saved["weights"]
-    with torch.device("meta"):
-        expected = GPT(**sizes, device="meta").state_dict()
-    V, E = weights["token_embeddings.embedding.weight"].shape
-    found = {"vocab_size": V, "emb_size": E,
-             "max_seq_len": len(weights["positional_embeddings.embedding.weight"]),
-             "num_layers": len({name.split(".")[1] for name in weights if name[:9] == "decoders."})}
+    try:
+        with torch.device("meta"):
+            expected = GPT(**sizes, device="meta").state_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its constructor arguments are wrong: {error}") from None
+    shapes = {name: tuple(weights[name].shape) if name in weights else "missing"
+              for name in [*expected, *weights]}
+    tokens = shapes["token_embeddings.embedding.weight"]
+    positions = shapes["positional_embeddings.embedding.weight"]
+    layers = len({name.split(".")[1] for name in weights if name.startswith("decoders.")})
+    found = {"vocab_size": tokens[0], "emb_size": tokens[1], "max_seq_len": positions[0],
+             "num_layers": layers}
     for name, size in found.items():
-        if sizes[name] != size:
+        if "missing" not in (tokens, positions) and sizes[name] != size:
             raise ValueError(f"{path}: {name}={sizes[name]}, but its weights are made for {size}; "
                              f"the file was put together from two models")
-    for name, weight in expected.items():
-        if name not in weights or weights[name].shape != weight.shape:
-            got = tuple(weights[name].shape) if name in weights else "missing"
-            raise ValueError(f"{path}: {name} is {got}, its sizes {sizes} ask for "
-                             f"{tuple(weight.shape)}; the file was put together from two models")
+    for name, shape in shapes.items():
+        wanted = tuple(expected[name].shape) if name in expected else "not there"
+        if shape != wanted:
+            raise ValueError(f"{path}: {name} is {shape}, but its sizes {sizes} want it {wanted}; "
+                             f"the file was put together from two models")
 
 
 def demo() -> None:

@@ -169,7 +169,7 @@ def peer(name: str) -> object | None:
         return None
 
 
-def in_child(call: str) -> dict:
+def in_child(call: str) -> object:
     """What a call of a function of this file gives in a new process; its start counts, too."""
     code = f"import bench, json\nprint(json.dumps(bench.{call}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False,
@@ -198,7 +198,7 @@ def tokenizer() -> None:
             fits["tokenizers (lines)"] = partial(fit_tokenizers, tokenizers, part, V)
         labels = {"task": "fit", "megabytes": megabytes, "V": V}
         rows += compared(labels, in_turn(fits), "mb_per_second", megabytes)
-    V = TOKENIZER_SHAPES[-1][1]
+    V, megabytes = TOKENIZER_SHAPES[-1][1], len(text.encode()) / 1e6
     bpe = BPE(V).fit(text)
     with tempfile.TemporaryDirectory() as folder:
         file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
@@ -217,12 +217,16 @@ def tokenizer() -> None:
             pieces = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
             runs["tiktoken, all cores"] = lambda: theirs.encode_ordinary_batch(
                 pieces, num_threads=os.cpu_count())
+        if rustbpe:
+            rust = rustbpe.Tokenizer()
+            rust.train_from_iterator([text], V, pattern=GPT2_PATTERN)
+            runs["rustbpe"] = lambda: rust.encode(text)
         if tokenizers:
             fast = tokenizers.Tokenizer.from_file(str(file))
             runs["tokenizers (lines)"] = lambda: fast.encode_batch(text.splitlines(keepends=True))
         rows += compared({"task": "encode", "megabytes": megabytes, "V": V}, in_turn(runs),
                          "mb_per_second", megabytes)
-    RESULTS["tokenizer"] = show("Tokenizer; x: times faster than", rows)
+    RESULTS["tokenizer"] = show("Tokenizer; x: times as fast as", rows)
 
 
 def standard_library() -> str:
@@ -291,7 +295,7 @@ def training() -> None:
                 row |= {"flops_utilisation": flops * steps / row["seconds"] / 1e9 / peak_gflops,
                         "loading_share": loading / row["seconds"]}
             rows.append(row)
-    RESULTS["training"] = show("Training; x: times faster than", rows)
+    RESULTS["training"] = show("Training; x: times as fast as", rows)
 
 
 def fit_steps(model: GPT, batches: Batches, steps: int, dtype: str) -> Callable[[], object]:
@@ -368,7 +372,7 @@ def generation() -> None:
             read = RESULTS["machine"]["read_gb_per_second"]
             rows.append({"size": size, "task": "batch 1", "run": f"bound {dtype} (reading weights)",
                          "tokens_per_second": read * 1e9 / (weights * width)})
-    RESULTS["generation"] = show("Generation: top-k 50, top-p 0.95; x: times faster than", rows)
+    RESULTS["generation"] = show("Generation: top-k 50, top-p 0.95; x: times as fast as", rows)
 
 
 def our_writers(path: Path, V: int, T: int, E: int, H: int, layers: int) -> dict[str, Callable]:

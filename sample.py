@@ -17,7 +17,7 @@ from GPT import GPT, pick_device
 
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
-PROMPT = ""            # how the text begins; "": as a new document of the training text would
+PROMPT = ""            # how the text begins; "": the net begins a new document
 NUM_SAMPLES = 1        # continuations of the prompt, made side by side
 MAX_NEW_TOKENS = 300   # the length of each, in tokens; it may end earlier, where a document would
 TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: more daring
@@ -70,10 +70,10 @@ def main() -> None:
         pass
     seconds = time.perf_counter() - started
     print(whole_characters.decode(b"", final=True))
+    rows = [row[: row.index(end_token)] if end_token in row else row for row in rows]
     for row in rows[1:]:
-        end = row.index(end_token) if end_token in row else len(row)
-        print("-" * 80 + "\n" + PROMPT + bpe.decode(row[:end]))
-    made = NUM_SAMPLES * len(rows[0])
+        print("-" * 80 + "\n" + PROMPT + bpe.decode(row))
+    made = sum(map(len, rows))
     print(f"\n[{made} tokens, {made / seconds:,.0f} tokens/s]")
 
 

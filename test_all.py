@@ -418,6 +418,8 @@ class TestGPT(Case):
                 GPT(**good, dropout=dropout)
         with self.assertSays(ValueError, "max_seq_len", "9"):
             GPT(**good)(torch.zeros(1, 9, dtype=torch.long))
+        with self.assertSays(ValueError, "(3,)", "(B, T)"):
+            GPT(**good)(torch.tensor([1, 2, 3]))
 
     def test_no_cuda_call_on_the_cpu(self):
         with (
@@ -717,6 +719,11 @@ class TestGPTFit(Case):
         for train_loader in (batches, tuple(batches), loader):
             _, (losses, _) = self.fit(train_loader, valid=loader, epochs=2)
             self.assertEqual(len(losses), 2)
+        stream = torch.utils.data.IterableDataset
+        stream = type("Stream", (stream,), {"__iter__": lambda self: iter(batches)})()
+        self.fit(torch.utils.data.DataLoader(stream, batch_size=None), max_steps=9)
+        self.fit(batches, lr=np.float64(1e-3), weight_decay=np.float64(0.1), checkpoint="c.pt")
+        read_file("c.pt")  # numpy's numbers would make it unreadable
         model, (losses, _) = self.fit((b for b in batches), max_steps=5)
         self.assertEqual(len(losses), 1)
         with self.assertSays(ValueError, "max_steps"):
@@ -1018,6 +1025,23 @@ class TestGPTCheckpoint(Case):
         self.assertEqual(fit("part.pt"), losses)
         self.assertSame(read_file("whole.pt"), read_file("part.pt"))
 
+    def test_stop_during_a_save_counts(self):
+        model = tiny_gpt(dropout=0.2)
+
+        def save(path, content):
+            model.stop_training = True  # as a signal that comes just now
+
+        with mock.patch("GPT._write", save):
+            _, (losses, _) = self.train("c.pt", model=model)
+        self.assertEqual(len(losses), 1)
+
+    def test_speed_counts_what_was_trained_now(self):
+        seen = []
+        self.train("c.pt", stop_after=5)
+        with mock.patch("GPT.time.perf_counter", side_effect=itertools.count().__next__):
+            self.train("c.pt", on_eval=seen.append)
+        self.assertLess(seen[0]["tokens_per_second"], 3 * 4 * 8 + 1)  # a step's tokens in a tick
+
     def test_finished_run_is_left_alone(self):
         _, losses = self.train("c.pt")
         before = Path("c.pt").read_bytes()
@@ -1045,6 +1069,21 @@ class TestGPTCheckpoint(Case):
         with self.assertSays(ValueError, "model.pt", "training"):
             self.train("model.pt")
         self.assertEqual(before, Path("c.pt").read_bytes())
+
+    def test_loaded_models_train_alike(self):
+        tiny_gpt().save("m.pt")  # load() lays out weights by columns: no moment may go astray
+        for path, first, second in (("a.pt", GPT.load, GPT.load), ("b.pt", GPT.load, None)):
+            for steps, make in ((4, first), (9, second)):
+                torch.manual_seed(0)
+                self.train(path, steps=steps, model=make("m.pt") if make else tiny_gpt())
+        torch.manual_seed(0)
+        self.train("c.pt", steps=4, model=tiny_gpt())
+        self.train("c.pt", model=tiny_gpt())
+        one, two, three = (read_file(path)["weights"] for path in ("a.pt", "b.pt", "c.pt"))
+        for name in one:
+            if "qkv.bias" not in name:  # a key's bias has no gradient but noise
+                self.assertClose(one[name], two[name], 1e-3)
+                self.assertClose(one[name], three[name], 1e-3)
 
     def test_round_trip(self):
         model = tiny_gpt().eval()
@@ -1143,9 +1182,15 @@ class TestGPTCheckpoint(Case):
                 ValueError, "bad.pt", f"'{name}': {value}" if "head" in name else f"{name}={value}"
             ):
                 GPT.load("bad.pt")
-        del saved["weights"]["linear.bias"]
-        torch.save(saved, "bad.pt")
-        with self.assertSays(ValueError, "linear.bias", "missing"):
+        for change, words in (({"linear.bias": None}, ("linear.bias", "missing")),
+                              ({"token_embeddings.embedding.weight": None}, ("missing",)),
+                              ({"surplus": torch.zeros(1)}, ("surplus", "not there"))):
+            weights = {name: w for name, w in (saved["weights"] | change).items() if w is not None}
+            torch.save({**saved, "weights": weights}, "bad.pt")
+            with self.assertSays(ValueError, "bad.pt", *words):
+                GPT.load("bad.pt")
+        torch.save({**saved, "sizes": {**saved["sizes"], "layers": 2}}, "bad.pt")
+        with self.assertSays(ValueError, "bad.pt", "layers"):
             GPT.load("bad.pt")
 
     def test_failed_save_leaves_the_old_file(self):

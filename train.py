@@ -7,6 +7,7 @@ run again, it goes on where it was. On several processes: torchrun --nproc_per_n
 
 import csv
 import hashlib
+import json
 import math
 import os
 import signal
@@ -39,7 +40,7 @@ DROPOUT = 0.1          # share of activations dropped in training; 0 if the text
 
 BATCH_SIZE = 16        # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
-MAX_STEPS = 600        # steps of training; raise it and run again to go on
+MAX_STEPS = 600        # steps of training; raise it and run again to train on
 LEARNING_RATE = 3e-3   # the peak; lower it for deeper nets (1e-3 for 12 layers)
 WARMUP_STEPS = 120     # steps up to the peak; with too few a post-norm net only learns how frequent
                        # each token is (4 layers at 4e-3: stuck with 80 steps, learns with 200)
@@ -48,7 +49,7 @@ EVAL_EVERY = 100       # steps between validations; at most so many are lost in 
 
 SEED = 1337            # of initial weights, dropout and the order of the windows
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
-DTYPE = "auto"         # "fp32", or "bf16": faster where the hardware has it; "auto": then only
+DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 COMPILE = False        # True: torch.compile; pays on long runs, wants a C++ compiler
 # ------------------------------------------------------------------------------------------------
 
@@ -59,11 +60,11 @@ def main() -> None:
     started = time.perf_counter()
     if not isinstance(MAX_STEPS, int) or MAX_STEPS < 1:
         raise ValueError(f"MAX_STEPS={MAX_STEPS!r}: pick a whole number, 1 or more")
-    rank, ranks = join_group()
+    device = own_device(DEVICE)
+    rank, ranks = join_group(device)
     out = Path(OUT_DIR)
     checkpoint = out / "checkpoint.pt"
     documents = find_documents()
-    device = torch.device(pick_device(DEVICE))
     dtype = pick_dtype(device, DTYPE)
     bpe = BPE(VOCAB_SIZE, special_tokens=(END,))
     sizes = (MAX_SEQ_LEN, EMB_SIZE, NUM_HEADS, HEAD_SIZE, NUM_LAYERS, DROPOUT)
@@ -74,7 +75,7 @@ def main() -> None:
         "ACCUMULATE MAX_STEPS LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY EVAL_EVERY SEED DEVICE DTYPE "
         "COMPILE"
     ).split()
-    settings = {name: globals()[name] for name in names}
+    settings = json.loads(json.dumps({name: globals()[name] for name in names}))  # plain values
     settings |= {"DATA": fingerprint(documents), "processes": ranks}
     say = print if rank == 0 else (lambda *_: None)
 
@@ -90,13 +91,11 @@ def main() -> None:
             report(out)
         return
     if saved:  # what "auto" was
-        device, dtype = torch.device(pick_device(saved["notes"]["device"])), saved["run"]["dtype"]
+        device, dtype = own_device(saved["notes"]["device"]), saved["run"]["dtype"]
     elif rank == 0:
         prepare_data(out, documents, bpe)
     if ranks > 1:
         dist.barrier()
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     bpe = BPE.load(out / "tokenizer.json")
     train_ids = np.load(out / "train.npy", mmap_mode="r")
     valid_ids = np.load(out / "valid.npy", mmap_mode="r")
@@ -148,9 +147,9 @@ def main() -> None:
                   dtype=dtype, compile=COMPILE, checkpoint=checkpoint, on_eval=on_eval)
     if ranks > 1:
         dist.destroy_process_group()
-    if stopped:
-        say(f"\nstopped; everything is in {checkpoint}. Go on: python train.py")
-        sys.exit(128 + stopped[0])
+    if rank == 0 and (not rows or int(rows[-1]["step"]) < MAX_STEPS):
+        print(f"\nstopped; everything is in {checkpoint}. Go on: python train.py")
+        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
     if rank == 0:
         draw_losses(out, rows)
         report(out)
@@ -257,7 +256,8 @@ def open_folder(out: Path, settings: dict) -> None:
         was = read_file(out / "checkpoint.pt")["notes"].get("settings", {})
         changed = [key for key in settings if settings[key] != was.get(key)]
         if changed == ["MAX_STEPS"] and MAX_STEPS > was["MAX_STEPS"]:
-            print(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}")
+            print(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}; the learning rate "
+                  f"follows the new, longer cosine from here on")
             return
         if not changed:
             return
@@ -288,14 +288,16 @@ def prepare_data(out: Path, documents: list[Path] | list[bytes], bpe: BPE) -> No
 
 def cut_metrics(path: Path, step: int) -> list[dict]:
     """Read metrics.csv and cut it to what came up to that step; the rest will come again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file)
-                    if None not in row.values() and int(row["step"]) <= step]
-    path.unlink(missing_ok=True)
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if None not in row.values() and int(row["step"]) <= step]
+    shorter = path.with_suffix(".csv.tmp")
+    shorter.unlink(missing_ok=True)
     for row in rows:
-        append_metrics(path, row)
+        append_metrics(shorter, row)
+    shorter.replace(path) if rows else path.unlink()
     return rows
 
 
@@ -310,14 +312,25 @@ def append_metrics(path: Path, row: dict) -> None:
 # ------------------------------------------------------------------ processes, device, signals
 
 
-def join_group() -> tuple[int, int]:
+def own_device(name: str) -> torch.device:
+    """The device of this process: of several processes on a machine with GPUs each has its own."""
+    device = torch.device(pick_device(name))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "mps":  # processes can't share gradients there
+            return torch.device("cpu")
+    return device
+
+
+def join_group(device: torch.device) -> tuple[int, int]:
     """(rank, ranks): joins the process group that torchrun made, or (0, 1) without one."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if pick_device(DEVICE) == "cuda" else "gloo",
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
     return dist.get_rank(), ranks
 
@@ -328,10 +341,10 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
     stopped = []
 
     def stop(number: int, frame: object) -> None:
-        print("\nstopping after this step; again: at once", file=sys.stderr, flush=True)
         stopped.append(number)
         model.stop_training = True
         signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; again: at once\n")  # print may be in use just now
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -348,6 +361,8 @@ def report(out: Path) -> None:
     """Print the best figures of the run, where everything lies, and the next command."""
     with open(out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return
     best = min(rows, key=lambda row: float(row["valid_loss"]))
     losses = f"{best['valid_loss']} nats per token, {best['valid_bits_per_byte']} bits per byte"
     print(f"""
