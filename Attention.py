@@ -225,7 +225,7 @@ def demo() -> None:
     print("\nA trained head makes its queries and keys from x with the matrices that it learned.")
     if Path("out/model.pt").exists() and Path("out/tokenizer.json").exists():
         draw_trained("out", "If the condition is false, the else clause is executed.",
-                     "assets/attention.png")
+                     "out/attention.png")
     else:
         print("python train.py trains some; run this again then, and it draws them.")
 

@@ -889,8 +889,7 @@ def demo() -> None:
         trained = BPE.load("out/tokenizer.json")
         sentence = "If an exception is raised in the else clause, it isn't handled. Éclair 123"
         print(f"\nAs out/tokenizer.json cuts a sentence:\n{trained.show(sentence)}")
-        os.makedirs("assets", exist_ok=True)
-        draw_tokens(trained.show(sentence).split("|"), "assets/tokens.png")
+        draw_tokens(trained.show(sentence).split("|"), "out/tokens.png")
 
 
 if __name__ == "__main__":

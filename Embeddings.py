@@ -114,8 +114,7 @@ def demo() -> None:
     trained = Path("out/model.pt")
     if trained.exists():
         weights = torch.load(trained, map_location="cpu", weights_only=True)["weights"]
-        Path("assets").mkdir(exist_ok=True)
-        draw_similarity(weights["positional_embeddings.embedding.weight"], "assets/positions.png")
+        draw_similarity(weights["positional_embeddings.embedding.weight"], "out/positions.png")
 
 
 if __name__ == "__main__":
