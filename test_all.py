@@ -883,49 +883,17 @@ class TestGPTCheckpoint(Case):
             [(x[0], y[0]) for x, y in counting_batches(4)], 2, shuffle=True
         )
         loader = self.loader()
-        if stop_after is not None:  # as a signal would: while the last step runs
-            batch, first = loader.batch, []
+        steps_made = itertools.count(1)
+        step = torch.optim.AdamW.step
 
-            def counted(k):
-                first.append(k)
-                steps_begun = len(model_steps)
-                if steps_begun >= stop_after - 1:
-                    model.stop_training = True
-                return batch(k)
+        def counting_step(optimizer):
+            if next(steps_made) == stop_after:  # as a signal would, while that step runs
+                model.stop_training = True
+            step(optimizer)
 
-            model_steps = []
-            step = torch.optim.AdamW.step
-
-            def counting_step(optimizer, *args):
-                model_steps.append(1)
-                if len(model_steps) == stop_after:
-                    model.stop_training = True
-                return step(optimizer, *args)
-
-            with mock.patch.object(torch.optim.AdamW, "step", counting_step):
-                losses = model.fit(
-                    loader,
-                    valid,
-                    99,
-                    1e-2,
-                    max_steps=steps,
-                    accumulate=3,
-                    eval_every=self.EVERY,
-                    checkpoint=checkpoint,
-                    **options,
-                )
-            return model, losses
-        return model, model.fit(
-            loader,
-            valid,
-            99,
-            1e-2,
-            max_steps=steps,
-            accumulate=3,
-            eval_every=self.EVERY,
-            checkpoint=checkpoint,
-            **options,
-        )
+        with mock.patch.object(torch.optim.AdamW, "step", counting_step):
+            return model, model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
+                                    eval_every=self.EVERY, checkpoint=checkpoint, **options)
 
     def test_resume_at_every_step_is_exact(self):
         _, losses = self.train("whole.pt")
@@ -1131,9 +1099,10 @@ class TestGPTCheckpoint(Case):
             GPT.load("folder.pt")
         with self.assertSays(FileNotFoundError, "missing.pt", "train"):
             GPT.load("missing.pt")
-        torch.save({"some": "dict"}, "other.pt")
-        with self.assertSays(ValueError, "other.pt", "format"):
-            GPT.load("other.pt")
+        for content in ({"some": "dict"}, {"format": 1}):
+            torch.save(content, "other.pt")
+            with self.assertSays(ValueError, "other.pt", "format"):
+                GPT.load("other.pt")
 
     def test_one_flipped_bit(self):
         model = tiny_gpt(num_layers=1, emb_size=8, head_size=2)
