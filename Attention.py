@@ -103,7 +103,7 @@ class HeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, T, D) -> (B, H, S, D), S = cached + T
         T, S = q.shape[-2], k.shape[-2]
-        if q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and q.is_cpu and q.dtype == torch.bfloat16:
             # torch's fused CPU kernel is slow backwards in bfloat16: the formula itself is faster
             out, _ = attention(q, k, v, causal_mask(T, S, like=q))
         elif T == S:

@@ -342,31 +342,30 @@ def nanogpt_steps(model: torch.nn.Module, ids: np.ndarray, T: int, B: int,
 
 def generation() -> None:
     """Batch 1, batch 16 and a prompt of 500 tokens, ours and the peers that are installed."""
-    nanogpt, transformers, ctranslate2 = map(peer, ("nanoGPT", "transformers", "ctranslate2"))
+    names = ["ours fp32", "ours bf16"]
+    names += ["transformers fp32"] * bool(transformers := peer("transformers"))
+    if peer("ctranslate2") and transformers:
+        names += ["CTranslate2 fp32", "CTranslate2 int8"]
+    names += ["nanoGPT fp32"] * bool(peer("nanoGPT"))
     rows = []
     for size, (V, T, E, H, layers, new) in GENERATION_SHAPES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            writers = our_writers(Path(folder, "model.pt"), V, T, E, H, layers)
-            if transformers:
-                model = transformers_model(transformers, V, T, E, H, layers).eval()
-                writers["transformers fp32"] = lambda x, n, model=model: model.generate(
-                    x, attention_mask=torch.ones_like(x), do_sample=True, top_k=50, top_p=0.95,
-                    max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
-                if ctranslate2:
-                    writers |= ctranslate2_writers(ctranslate2, transformers, model, folder, V)
-            if nanogpt:
-                theirs = nanogpt_model(nanogpt, V, T, E, H, layers).eval()
-                writers["nanoGPT fp32"] = partial(theirs.generate, top_k=50)  # it has no top-p
+        with contextlib.ExitStack() as stack:
+            writers = {name: stack.enter_context(writer_process(name, (V, T, E, H, layers)))
+                       for name in names}
             for task, batch, prompt, tokens in (("batch 1", 1, 8, new),
                                                 ("batch 16", 16, 8, new // 2),
                                                 ("prompt of 500", 1, 500, 1)):
                 if prompt + tokens > T:
                     continue
-                x = torch.randint(1, V, (batch, prompt))
-                seconds = in_turn({name: partial(write, x, tokens)
-                                   for name, write in writers.items()})
-                rows += compared({"size": size, "task": task}, seconds, "tokens_per_second",
-                                 batch * tokens)
+                measured = {name: [] for name in names}
+                for n in range(1 + ROUNDS):
+                    for name, seconds in measured.items():
+                        time.sleep(0.3)  # idle threads of the last one still spin for a while
+                        s = writers[name](batch, prompt, tokens)
+                        seconds += [s] if n else []
+                rows += compared({"size": size, "task": task},
+                                 {name: statistics.median(s) for name, s in measured.items()},
+                                 "tokens_per_second", batch * tokens)
         weights = V * E + V + layers * (12 * E * E + 13 * E)  # of the embeddings it reads two rows
         for dtype, width in (("fp32", 4), ("bf16", 2)):
             read = RESULTS["machine"]["read_gb_per_second"]
@@ -375,34 +374,76 @@ def generation() -> None:
     RESULTS["generation"] = show("Generation: top-k 50, top-p 0.95; x: times as fast as", rows)
 
 
-def our_writers(path: Path, V: int, T: int, E: int, H: int, layers: int) -> dict[str, Callable]:
-    GPT(V, T, E, H, E // H, layers).save(path)
-    return {f"ours {dtype}": partial(GPT.load(path, dtype=dtype).generate, do_sample=True, top_k=50,
-                                     top_p=0.95) for dtype in ("fp32", "bf16")}
+@contextlib.contextmanager
+def writer_process(name: str, shape: tuple):
+    """A process for one model alone, as thread pools of different libraries disturb each other.
+    Gives a function: batch, length of the prompt, new tokens -> seconds."""
+    code = f"import bench; bench.NANOGPT_DIR = {NANOGPT_DIR!r}; bench.serve({name!r}, {shape})"
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
+
+        def write(*task: int) -> float:
+            print(*task, file=process.stdin)
+            if answer := process.stdout.readline():
+                return float(answer)
+            errors.seek(0)
+            raise RuntimeError(f"{name} failed:\n{errors.read()[-2000:]}")
+
+        yield write
+        process.stdin.close()
 
 
-def ctranslate2_writers(ctranslate2, transformers, model, folder: str,
-                        V: int) -> dict[str, Callable]:
+def serve(name: str, shape: tuple) -> None:
+    """The other end of writer_process: a line with a task in, a line with its seconds out."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    V, T, E, H, layers = shape
+    with tempfile.TemporaryDirectory() as folder:
+        if name.startswith("ours"):
+            GPT(V, T, E, H, E // H, layers).save(f"{folder}/model.pt")
+            model = GPT.load(f"{folder}/model.pt", dtype=name.split()[1])
+            write = partial(model.generate, do_sample=True, top_k=50, top_p=0.95)
+        elif name.startswith("nanoGPT"):
+            model = nanogpt_model(peer("nanoGPT"), *shape).eval()
+            write = partial(model.generate, top_k=50)  # it has no top-p
+        else:
+            transformers = peer("transformers")
+            model = transformers_model(transformers, *shape).eval()
+            write = (partial(transformers_write, model) if name.startswith("transformers") else
+                     ctranslate2_writer(name.split()[1], transformers, model, folder, V))
+        for line in sys.stdin:
+            batch, prompt, tokens = map(int, line.split())
+            x = torch.randint(1, V, (batch, prompt))
+            start = time.perf_counter()
+            write(x, tokens)
+            print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def transformers_write(model: torch.nn.Module, x: torch.Tensor, tokens: int) -> None:
+    model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, top_k=50, top_p=0.95,
+                   max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+
+
+def ctranslate2_writer(dtype: str, transformers, model: torch.nn.Module, folder: str,
+                       V: int) -> Callable:
     """CTranslate2 reads a transformers model from a folder, and wants a tokenizer in it."""
     from tokenizers import Tokenizer, models
 
+    ctranslate2 = peer("ctranslate2")
     words = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, V)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
         unk_token="<|endoftext|>").save_pretrained(f"{folder}/transformers")
     model.save_pretrained(f"{folder}/transformers")
-    made = {}
-    for name, compute_type in (("fp32", "float32"), ("int8", "int8")):
-        with contextlib.redirect_stderr(io.StringIO()):
-            ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(
-                f"{folder}/{name}", quantization=compute_type)
-        generator = ctranslate2.Generator(f"{folder}/{name}", compute_type=compute_type,
-                                          intra_threads=torch.get_num_threads())
-        made[f"CTranslate2 {name}"] = lambda x, n, generator=generator: generator.generate_batch(
-            [[f"t{i}" for i in row] for row in x.tolist()], max_length=n, min_length=n,
-            sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False)
-    return made
+    kind = {"fp32": "float32"}.get(dtype, dtype)
+    ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(
+        f"{folder}/converted", quantization=kind)
+    generator = ctranslate2.Generator(f"{folder}/converted", compute_type=kind,
+                                      intra_threads=torch.get_num_threads())
+    return lambda x, n: generator.generate_batch(
+        [[f"t{i}" for i in row] for row in x.tolist()], max_length=n, min_length=n,
+        sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False)
 
 
 # ------------------------------------------------------------------ memory

@@ -54,7 +54,8 @@ MODULES = (*LEAVES, "Decoder", "GPT", "train", "sample")
 
 
 class Case(unittest.TestCase):
-    """A test in an empty folder of its own, with fixed seeds and quiet progress bars."""
+    """A test in an empty folder of its own, with fixed seeds and quiet progress bars; dtype="auto"
+    is fp32 in it, whatever the CPU, since oracles are exact."""
 
     def setUp(self):
         torch.manual_seed(0)
@@ -67,6 +68,7 @@ class Case(unittest.TestCase):
         stderr = contextlib.redirect_stderr(io.StringIO())
         stderr.__enter__()
         self.addCleanup(stderr.__exit__, None, None, None)
+        self.enterContext(mock.patch("torch.cpu.get_capabilities", dict))
 
     def assertClose(self, ours, theirs, tolerance=1e-5):
         error = (ours - theirs).abs().max().item()
@@ -589,6 +591,44 @@ class TestGPTGenerate(Case):
             self.assertEqual(modes, [module.training for module in model.modules()])
         model(draws[0]).sum().backward()
 
+    def test_the_modules_own_code_runs(self):
+        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
+        before = model.generate(x, 8, False)
+        calls = []
+        hook = model.decoders[1].ffn.register_forward_hook(lambda *_: calls.append("hook"))
+        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
+        self.assertEqual(calls, ["hook"] * 8)
+        hook.remove()
+        gelu = lambda self, x: self.contract(F.gelu(self.expand(x)))  # noqa: E731
+        with mock.patch.object(FeedForward, "forward", gelu):  # whoever edits a file
+            edited = model.generate(x, 8, False)
+            self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
+        self.assertFalse(torch.equal(edited, before))
+        own = model.decoders[0].norm2
+        own.forward = lambda x: x * 0.5  # or one module alone
+        edited = model.generate(x, 8, False)
+        self.assertTrue(torch.equal(edited, self.plain_greedy(model, x, 8)))
+        self.assertFalse(torch.equal(edited, before))
+        del own.forward
+        model.train()
+        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
+
+    def test_bfloat16_row_by_row(self):
+        tiny_gpt().save("m.pt")
+        model = GPT.load("m.pt", dtype="bf16")
+        x = torch.randint(40, (1, 5))
+        logits, chosen = [], torch.argmax
+
+        def keep(step_logits, *_):
+            logits.append(step_logits.float())
+            return chosen(step_logits, dim=-1)
+
+        with mock.patch("GPT.next_token", keep), mock.patch("torch.mv", wraps=torch.mv) as one_row:
+            x = model.generate(x, 6, False)
+        self.assertEqual(one_row.call_count, 5 * (4 * 2 + 1) + 1)  # the prompt's last layer, too
+        with torch.no_grad():
+            self.assertClose(torch.cat(logits), model(x)[0, 4:-1].float(), 0.05)
+
     def test_stream_is_generate_step_by_step(self):
         model, x = tiny_gpt().eval(), torch.randint(40, (2, 3))
         steps = list(model.stream(x, 15, True, generator=torch.Generator().manual_seed(5)))
@@ -1039,7 +1079,11 @@ class TestGPTCheckpoint(Case):
         self.assertEqual(before, Path("c.pt").read_bytes())
 
     def test_loaded_models_train_alike(self):
-        tiny_gpt().save("m.pt")  # load() lays out weights by columns: no moment may go astray
+        tiny_gpt().save("m.pt")  # load() lays large weights out by columns: no moment may go astray
+        self.enterContext(mock.patch("GPT.BY_COLUMNS", 600))
+        strides = {GPT.load("m.pt").get_parameter(f"{name}.weight").stride()[0] == 1
+                   for name in ("linear", "decoders.0.attention.linear")}
+        self.assertEqual(strides, {True, False})
         for path, first, second in (("a.pt", GPT.load, GPT.load), ("b.pt", GPT.load, None)):
             for steps, make in ((4, first), (9, second)):
                 torch.manual_seed(0)
