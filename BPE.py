@@ -32,6 +32,7 @@ Needs Python 3.11 and numpy (and tqdm for progress bars, if it is there); no tor
 import codecs
 import contextlib
 import functools
+import gc
 import heapq
 import json
 import os
@@ -102,6 +103,8 @@ class Splitter:
             if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
                 raise self.error("it has something else than classes, sets, groups and repetitions")
             text = ITEM.sub(self.translate, pattern)
+            # The same in a form that `re` gets through 8 % faster: | ?[..]+| as | [..]+|[..]+|
+            text = re.sub(r"(?<=[^\\]\|) \?(\[(?:\\.|[^]\\])*\]\+)(?=\|)", r" \1|\1", text)
             matches = re.compile(text, re.ASCII).match
             if matches(""):
                 raise self.error("it matches the empty text")
@@ -431,7 +434,13 @@ class BPE:
         del counts
         words, special = Words(listed, np.arange(256)), list(self.special_tokens)
         wanted = self.vocab_size - 256 - len(special)
-        merges = list(_progress(learn(words, weight, wanted), "merging", wanted))
+        collecting = gc.isenabled()
+        gc.disable()                       # it would look through the growing heap again and again
+        try:
+            merges = list(_progress(learn(words, weight, wanted), "merging", wanted))
+        finally:
+            if collecting:
+                gc.enable()
         self._set(range(256), merges, list(range(256, 256 + len(merges))), special)
         if len(listed) <= CACHE_WORDS and len(words.symbol) <= CACHE_IDS:
             self._number.update((word, i) for i, word in enumerate(listed, len(self._number)))
@@ -552,7 +561,8 @@ class BPE:
     def _spread(self, job: str, batches: Iterator[list], title: str) -> Iterator:
         """Yields getattr(self, job)(batch) for each batch, in order; if there are many, from worker
         processes: this file run anew, so that the caller's main module is never imported again and
-        no thread is ever forked. Where that doesn't work this process does it all."""
+        no thread is ever forked. The first one is done here, while they start; where they can't
+        be had, all."""
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         cores = len(affinity(0))
         first = list(islice(batches, WORKERS_FROM))
@@ -577,13 +587,16 @@ class BPE:
 
         try:
             if len(first) == WORKERS_FROM and cores > 1 and not getattr(sys, "frozen", False):
-                cache = (list(self._number), self._ids, self._begin, self._many)
-                state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made,
-                                      cache if job == "_encode" else None))
                 with contextlib.suppress(OSError, NameError, TypeError):
                     for _ in range(min(cores, MAX_WORKERS)):
                         workers.append(_start_worker())
-                        workers[-1].stdin.write(state)
+                yield getattr(self, job)(first.pop(0))   # while they start
+                cache = (list(self._number), self._ids, self._begin, self._many)
+                state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made,
+                                      cache if job == "_encode" else None))
+                for worker in workers:
+                    with contextlib.suppress(OSError):
+                        worker.stdin.write(state)
             for batch in _progress(chain(first, batches), title):
                 if not workers:
                     yield getattr(self, job)(batch)

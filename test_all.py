@@ -2187,6 +2187,27 @@ class TestBPE(unittest.TestCase):
             Splitter(r"(?i:ks)+|[\s\S]")("KsK\u017fkS\u212a"), ["KsK\u017fkS", "\u212a"]
         )
 
+    def test_ascii_patterns_mean_what_they_mean_to_re(self):
+        text = "".join(self.rng.choices("ab1]+|[\\\\ \n'?", k=3000))
+        for pattern in (
+            r"b| ?[a\]+|b]+| ?[1\\]+|[\s\S]",
+            r"b| ?[a1]+?|[\s\S]",
+            r"(?:b| ?[a1]+|\]) ?[a1]+|[\s\S]",
+            r"\| ?[a1]+| ?[ab]+1|[\s\S]",
+            r"1| ?[^a\]]+|[\s\S]",
+        ):
+            self.assertEqual(Splitter(pattern)(text), re.findall(pattern, text), pattern)
+
+    def test_the_very_end_is_written_for_any_library(self):
+        bpe = BPE(260, r"\s+$|\s|\S+").fit("a \n a \n ")
+        path = self.folder / "end.json"
+        bpe.save(path)
+        split = json.loads(path.read_text())["pre_tokenizer"]["pretokenizers"][0]
+        self.assertEqual(split["pattern"]["Regex"], r"\s+\z|\s|\S+")
+        text = "a \nb \n "
+        self.assertEqual(BPE.load(path).encode(text), bpe.encode(text))
+        self.assertEqual(bpe._split(text), ["a", " ", "\n", "b", " \n "])
+
     # --- the libraries
 
     def corpus(self):
@@ -2814,12 +2835,17 @@ class TestBPE(unittest.TestCase):
         BPE._start_worker = lambda: started.append(1) or start()
         import os
         os.sched_getaffinity = lambda _: {0, 1}
-        BPE.BPE._count = BPE.BPE._encode = None    # so that only a worker can have done it
+        here = []                       # what this process does itself: the first batch, no more
+        for job in ("_count", "_encode"):
+            def work(bpe, batch, job=job, method=getattr(BPE.BPE, job)):
+                here.append(job)
+                return method(bpe, batch)
+            setattr(BPE.BPE, job, work)
         text = "it was the best of times, it was the worst of times é " * 500
         bpe = BPE.BPE(270).fit(text)
-        print(len(bpe), bpe.decode(bpe.encode(text)) == text, len(started))
+        print(len(bpe), bpe.decode(bpe.encode(text)) == text, len(started), *here)
         """)
-    DONE = "270 True 4"
+    DONE = "270 True 4 _count _encode"
 
     def test_script_without_main_guard(self):
         (self.folder / "script.py").write_text("print('loaded')\n" + self.WORK, "utf-8")
