@@ -38,7 +38,7 @@ from Embeddings import PositionalEmbeddings, TokenEmbeddings
 
 FORMAT = 1  # of the files that save() and fit(checkpoint=...) write
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BY_COLUMNS = 1 << 20  # numbers in a matrix; of that many, one row is multiplied faster by columns
+BY_COLUMNS_FROM = 1 << 20  # numbers in a matrix; load() stores such a one by columns: see there
 
 
 class GPT(nn.Module):
@@ -124,7 +124,7 @@ class GPT(nn.Module):
         """
         steps = self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
                             stop_token=stop_token, use_cache=use_cache, generator=generator)
-        with torch.inference_mode():  # once: stream goes in and out at each step, 5 % of the time
+        with torch.inference_mode():  # once for all steps
             new = [ids[:, None] for ids in steps]
         return torch.cat([x.to(self.device), *new], dim=1)
 
@@ -160,10 +160,12 @@ class GPT(nn.Module):
         ids = torch.cat([x, x.new_zeros(B, max_new_tokens)], dim=1)
         finished = torch.zeros(B, dtype=torch.bool, device=x.device)
         cache = self.new_cache(B) if use_cache and T <= max_seq_len else None
-        net = _bare(self)
-        quiet = nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+        own = [] if _is_plain(self) else list(self.modules())
+        net = self if own else _bare(self)
+        # Going in and out at each step takes 5 % of the time: not again if the caller is in it.
+        inference = nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
         for end in range(T, T + max_new_tokens):  # ids[:, :end] are known
-            with quiet:
+            with inference, _mode(own, train=False):
                 if cache is not None and end <= max_seq_len:
                     h = net.hidden(ids[:, cache[0].length : end], cache)
                 else:  # the window moves, so every token gets another position and nothing cached
@@ -289,9 +291,9 @@ class GPT(nn.Module):
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         if model.device.type == "cpu" and dtype == "fp32":
             for module in model.modules():
-                if isinstance(module, nn.Linear) and module.weight.numel() >= BY_COLUMNS:
-                    weight = module.weight.data
-                    module.weight.data = weight.t().contiguous().t()
+                if isinstance(module, nn.Linear) and module.weight.numel() >= BY_COLUMNS_FROM:
+                    weight = module.weight.data  # the same matrix, in memory column after column:
+                    module.weight.data = weight.t().contiguous().t()  # for one token at a time
         return model
 
 
@@ -314,18 +316,19 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     else:
         ids = None  # drawn from all of them, as they stand
     best = logits[:, :1] if ids is not None else logits.amax(dim=-1, keepdim=True)
-    if not math.isfinite(best.sum().item()):  # NaN counts as the greatest
+    if not math.isfinite((0 * best).sum().item()):  # 0 · inf and 0 · NaN are NaN
         raise ValueError("the model's logits are not finite numbers: its weights are damaged, or "
                          "training diverged; load an earlier checkpoint or lower the learning rate")
     if temperature == 0:
         return ids[:, 0]
-    logits = (logits.float() - best) / max(temperature, 1e-30)  # best -> 0, never 0 / 0
+    logits = (logits.float() - best) / min(max(temperature, 1e-30), 1e30)  # best -> 0, never NaN
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     p = logits.softmax(dim=-1)
-    # Of clocks that ring after exponential times at the rates p, clock i is the first with the
-    # probability p[i]: multinomial without its checks, which cost as much as a layer's attention.
-    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    # An exponential race: of times t[i] = e[i] / p[i], e exponentially distributed, t[i] is the
+    # smallest with the probability p[i]. So draws torch.multinomial, too, behind slower checks.
+    e = torch.empty_like(p).exponential_(generator=generator)
+    drawn = (p / e).argmax(dim=-1, keepdim=True)  # (B, K) -> (B, 1)
     return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
@@ -617,35 +620,58 @@ def _mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
             module.training = not train
 
 
+def _is_plain(model: nn.Module) -> bool:
+    """Whether all modules are torch's and ours, with nothing hung on them: no hook, no function of
+    their own (a wrapped forward, say), no compiler."""
+    files = {"Embeddings", "Attention", "FFN", "Decoder", "GPT"}
+    return not nn.modules.module._has_any_global_hook() and not any(
+        module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
+        or any(map(callable, vars(module).values()))
+        or not (type(module).__module__ in files
+                or type(module).__module__.startswith("torch.nn.modules."))
+        for module in model.modules())
+
+
 def _bare(module: nn.Module) -> nn.Module:
-    """The module for generation: the same weights and the same code, in eval mode, but without
-    nn.Module's bookkeeping at each call and each attribute. On a small net, one token at a time,
-    that takes longer than the arithmetic. Modules that somebody hooked keep it.
+    """A copy of plain modules for generation: the same weights, in eval mode, but without
+    nn.Module's bookkeeping at each call and attribute, which takes longer than the arithmetic where
+    a net is small and the tokens come one by one. It runs the forward of the module's own class;
+    what that assigns to self the module gets, too.
     """
-    cls, own = type(module), vars(module)
-    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in own):
-        cls = _direct(cls, _LEAN.get(cls, cls.forward))
-    bare = object.__new__(cls)
-    children = {name: child and _bare(child) for name, child in module._modules.items()}
-    vars(bare).update(own | module._parameters | module._buffers | children, _modules=children,
-                      training=False)
+    bare = object.__new__(_bare_class(type(module), type(module).forward))
+    children = {name: None if child is None else _bare(child)
+                for name, child in module._modules.items()}
+    vars(bare).update(vars(module) | module._parameters | module._buffers | children,
+                      _modules=children, training=False, _original=module)
     return bare
 
 
 @functools.cache
-def _direct(cls: type, forward: Callable) -> type:
-    return type(cls.__name__, (cls,), {"__call__": forward})
+def _bare_class(cls: type, forward: Callable) -> type:
+    """Python looks up __call__ in the class; here it is forward itself."""
+    return type(cls.__name__, (cls,), {"__call__": _SHORT.get(forward, forward),
+                                       "__setattr__": _set_both})
+
+
+def _set_both(bare: nn.Module, name: str, value: object) -> None:
+    vars(bare)[name] = value
+    setattr(bare._original, name, value)
 
 
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
-    if x.dtype != torch.bfloat16 or x.numel() > self.in_features or not x.is_cpu:
+    one_row = x.dtype == torch.bfloat16 and x.numel() == self.in_features and x.is_cpu
+    if not one_row or self.weight.dtype != x.dtype:
         return F.linear(x, self.weight, self.bias)
-    y = torch.mv(self.weight, x.flatten())  # one row: 1.3 times as fast as the kernel of F.linear
+    y = torch.mv(self.weight, x.flatten())  # at GPT-1's size 1.3 times as fast as F.linear
     return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
-_LEAN = {nn.Linear: _linear, nn.Dropout: lambda self, x: x, nn.LayerNorm: lambda self, x:
-         torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)}
+def _layer_norm(self: nn.LayerNorm, x: Tensor) -> Tensor:
+    return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+_SHORT = {nn.Linear.forward: _linear, nn.LayerNorm.forward: _layer_norm,
+          nn.Dropout.forward: lambda self, x: x}  # what torch's modules do in eval mode
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -205,7 +205,8 @@ def tokenizer() -> None:
         file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
         bpe.save(file)
         source.write_bytes(text.encode())
-        anew = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]  # they have met no word yet
+        # They have met no word yet; in_turn calls each of the two runs 1 + ROUNDS times.
+        anew = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
         runs = {"ours, loaded anew": lambda: anew.pop().encode(text),
                 "ours encode_file, loaded anew":
                     lambda: anew.pop().encode_file(source, f"{folder}/ids.npy"),
@@ -386,14 +387,18 @@ def writer_process(name: str, shape: tuple):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
 
         def write(*task: int) -> float:
-            print(*task, file=process.stdin)
+            with contextlib.suppress(BrokenPipeError):
+                print(*task, file=process.stdin)
             if answer := process.stdout.readline():
                 return float(answer)
             errors.seek(0)
             raise RuntimeError(f"{name} failed:\n{errors.read()[-2000:]}")
 
-        yield write
-        process.stdin.close()
+        try:
+            yield write
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # and it ends
 
 
 def serve(name: str, shape: tuple) -> None:

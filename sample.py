@@ -6,6 +6,7 @@ token by token. Train first: python train.py
 
 import codecs
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -81,5 +82,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a "?"
     try:
         main()
+    except BrokenPipeError:  # python sample.py | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -6,6 +6,7 @@ Each class tests one file against something that isn't ours: torch's own layers,
 a ten-line textbook version. Plain pytest runs the same tests.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -68,7 +69,7 @@ class Case(unittest.TestCase):
         stderr = contextlib.redirect_stderr(io.StringIO())
         stderr.__enter__()
         self.addCleanup(stderr.__exit__, None, None, None)
-        self.enterContext(mock.patch("torch.cpu.get_capabilities", dict))
+        self.enterContext(mock.patch("torch.cpu.get_capabilities", dict, create=True))
 
     def assertClose(self, ours, theirs, tolerance=1e-5):
         error = (ours - theirs).abs().max().item()
@@ -594,40 +595,92 @@ class TestGPTGenerate(Case):
     def test_the_modules_own_code_runs(self):
         model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
         before = model.generate(x, 8, False)
-        calls = []
-        hook = model.decoders[1].ffn.register_forward_hook(lambda *_: calls.append("hook"))
-        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
-        self.assertEqual(calls, ["hook"] * 8)
-        hook.remove()
         gelu = lambda self, x: self.contract(F.gelu(self.expand(x)))  # noqa: E731
-        with mock.patch.object(FeedForward, "forward", gelu):  # whoever edits a file
-            edited = model.generate(x, 8, False)
-            self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
-        self.assertFalse(torch.equal(edited, before))
-        own = model.decoders[0].norm2
-        own.forward = lambda x: x * 0.5  # or one module alone
-        edited = model.generate(x, 8, False)
-        self.assertTrue(torch.equal(edited, self.plain_greedy(model, x, 8)))
-        self.assertFalse(torch.equal(edited, before))
-        del own.forward
-        model.train()
+        for patch in (
+            mock.patch.object(FeedForward, "forward", gelu),  # whoever edits a file
+            mock.patch.object(nn.Linear, "forward", lambda self, x: x @ self.weight.T + 1),
+            mock.patch.object(nn.Dropout, "forward", lambda self, x: x * 2),
+            mock.patch.object(nn.LayerNorm, "forward", lambda self, x: x / 2),
+        ):
+            with patch:
+                edited = model.generate(x, 8, False)
+                self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
+            self.assertFalse(torch.equal(edited, before))
+            model.train()
         self.assertTrue(torch.equal(model.generate(x, 8, False), before))
 
+    def test_watched_modules_are_called_as_ever(self):
+        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
+        before, state = model.generate(x, 8, False), torch.get_rng_state()
+        ffn, calls = model.decoders[1].ffn, []
+        anybody = nn.modules.module
+
+        def see(module, *_):
+            calls.append(module)
+
+        for register in (
+            ffn.register_forward_hook,
+            ffn.register_forward_pre_hook,
+            anybody.register_module_forward_hook,
+        ):
+            calls.clear()
+            with register(see):
+                self.assertTrue(torch.equal(model.generate(x, 8, False), before))
+            self.assertEqual(sum(module is ffn for module in calls), 8)
+        forward, block = ffn.forward, model.decoders[0]
+        model.decoders[0] = torch.compile(block, backend="eager")
+        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
+        model.decoders[0] = block
+        ffn.forward = lambda x: forward(x) * 3  # one module's alone, and it holds on to self
+        edited = model.generate(x, 8, False)
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))  # no dropout drew
+        self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
+        self.assertFalse(torch.equal(edited, before))
+
+    def test_what_forward_assigns_stays(self):
+        def forward(self, x):
+            self.seen = torch.relu(self.expand(x))
+            self.count = getattr(self, "count", 0) + 1
+            return self.contract(self.seen)
+
+        model = tiny_gpt()
+        with mock.patch.object(FeedForward, "forward", forward):
+            model.generate(torch.tensor([[1, 2]]), 5, False)
+        self.assertEqual([block.ffn.count for block in model.decoders], [5, 5])
+        self.assertEqual(model.decoders[0].ffn.seen.shape, (1, 1, 64))
+
     def test_bfloat16_row_by_row(self):
-        tiny_gpt().save("m.pt")
+        model = tiny_gpt()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        model.save("m.pt")
         model = GPT.load("m.pt", dtype="bf16")
         x = torch.randint(40, (1, 5))
-        logits, chosen = [], torch.argmax
+        logits = []
 
         def keep(step_logits, *_):
             logits.append(step_logits.float())
-            return chosen(step_logits, dim=-1)
+            return step_logits.argmax(dim=-1)
 
         with mock.patch("GPT.next_token", keep), mock.patch("torch.mv", wraps=torch.mv) as one_row:
             x = model.generate(x, 6, False)
-        self.assertEqual(one_row.call_count, 5 * (4 * 2 + 1) + 1)  # the prompt's last layer, too
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        self.assertEqual(one_row.call_count, 5 * linears + 1)  # of the prompt, the last layer
         with torch.no_grad():
-            self.assertClose(torch.cat(logits), model(x)[0, 4:-1].float(), 0.05)
+            expected = model(x)[0, 4:-1].float()
+        self.assertGreater(expected.std().item(), 0.5)
+        self.assertClose(torch.cat(logits), expected, 0.1)
+
+    def test_autocast_and_half(self):
+        model, x = tiny_gpt(), torch.tensor([[1, 2]])
+        with torch.autocast("cpu", torch.bfloat16):
+            self.assertEqual(model.generate(x, 20, True).shape, (1, 22))
+        logits = torch.full((1000, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
+        self.assertEqual(next_token(logits, 0, None, None).tolist(), [0] * 1000)
+        large = torch.tensor([[1e38, 0.0]] * 4)
+        self.assertEqual(next_token(large, 1.0, None, None).tolist(), [0] * 4)
+        impossible = torch.tensor([[-math.inf, 0.0, 1.0]] * 99)
+        self.assertGreater(next_token(impossible, 1e39, None, None).min(), 0)
 
     def test_stream_is_generate_step_by_step(self):
         model, x = tiny_gpt().eval(), torch.randint(40, (2, 3))
@@ -839,7 +892,7 @@ class TestGPTFit(Case):
                     self.fit(batches, **{name: value})
 
     def test_dtype(self):
-        with mock.patch("torch.cpu.get_capabilities", return_value={}):
+        with mock.patch("torch.cpu.get_capabilities", dict, create=True):
             self.assertEqual(pick_dtype(torch.device("cpu")), "fp32")
         for able in ("avx512_bf16", "amx_bf16"):
             with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
@@ -1080,7 +1133,7 @@ class TestGPTCheckpoint(Case):
 
     def test_loaded_models_train_alike(self):
         tiny_gpt().save("m.pt")  # load() lays large weights out by columns: no moment may go astray
-        self.enterContext(mock.patch("GPT.BY_COLUMNS", 600))
+        self.enterContext(mock.patch("GPT.BY_COLUMNS_FROM", 600))
         strides = {GPT.load("m.pt").get_parameter(f"{name}.weight").stride()[0] == 1
                    for name in ("linear", "decoders.0.attention.linear")}
         self.assertEqual(strides, {True, False})
@@ -2197,6 +2250,22 @@ class TestBPE(unittest.TestCase):
             r"1| ?[^a\]]+|[\s\S]",
         ):
             self.assertEqual(Splitter(pattern)(text), re.findall(pattern, text), pattern)
+
+    def test_no_text_is_lost_by_looking_ahead(self):
+        for pattern, text in ((r"\S{1,3}$|\s+", "abcd ef"), (r"\p{L}+(?!\S)|\P{L}", "ab! c é")):
+            bpe = BPE(256, pattern)
+            self.assertEqual(bpe.decode(bpe.encode(text)), text)
+        for pattern, text in ((r"a*(?=\s)|\S", "xa b"), (r"\]*(?=\s)", "a] é")):
+            with self.assertRaisesRegex(ValueError, "empty text"):
+                BPE(256, pattern).encode(text)
+
+    def test_threads_share_a_tokenizer(self):
+        bpe = BPE(400).fit(english(self.rng, 500))
+        texts = [random_text(self.rng, 3000) for _ in range(12)]
+        want = list(map(bpe.encode, texts))
+        bpe._forget()
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            self.assertEqual(list(pool.map(bpe.encode, texts)), want)
 
     def test_the_very_end_is_written_for_any_library(self):
         bpe = BPE(260, r"\s+$|\s|\S+").fit("a \n a \n ")

@@ -42,8 +42,9 @@ BATCH_SIZE = 16        # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
 MAX_STEPS = 600        # steps of training; raise it and run again to train on
 LEARNING_RATE = 3e-3   # the peak; lower it for deeper nets (1e-3 for 12 layers)
-WARMUP_STEPS = 120     # steps up to the peak; with too few a post-norm net only learns how frequent
-                       # each token is (4 layers at 4e-3: stuck with 80 steps, learns with 200)
+WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few a post-norm net
+                       # only learns how frequent each token is (4 layers at 4e-3: stuck with 80
+                       # steps, learns with 200)
 WEIGHT_DECAY = 0.1     # pull of the weight matrices towards 0
 EVAL_EVERY = 100       # steps between validations; at most so many are lost in a power cut
 
@@ -365,10 +366,11 @@ def report(out: Path) -> None:
         return
     best = min(rows, key=lambda row: float(row["valid_loss"]))
     losses = f"{best['valid_loss']} nats per token, {best['valid_bits_per_byte']} bits per byte"
+    speed = f"{int(rows[-1]['tokens_per_second']):,} tokens/s at the end"
     print(f"""
 best validation loss  {losses}
                       at step {best["step"]} of {rows[-1]["step"]}, {int(best["tokens"]):,} tokens
-time                  {rows[-1]["seconds"]} s, {int(rows[-1]["tokens_per_second"]):,} tokens/s
+time                  {rows[-1]["seconds"]} s, {speed}
 best model            {out / "model.pt"}
 all figures           {out / "metrics.csv"}
 next                  python sample.py
