@@ -476,8 +476,10 @@ class BPE:
             parts[1::2] = map(self.special_tokens.get, parts[1::2])
         if len(text) <= PIECE:
             return self._encode(parts).tolist()
-        return list(chain.from_iterable(
-            part.tolist() for part in self._spread("_encode", self._batches(parts), "encoding")))
+        ids: list[int] = []
+        for part in self._spread("_encode", self._batches(parts), "encoding"):
+            ids += part.tolist()
+        return ids
 
     def _encode(self, pieces: list[str | int]) -> np.ndarray:
         """Texts and ready ids -> ids (n,). One thread at a time: they share the memory of words."""

@@ -165,7 +165,7 @@ class GPT(nn.Module):
         # Going in and out at each step takes 5 % of the time: not again if the caller is in it.
         inference = nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
         for end in range(T, T + max_new_tokens):  # ids[:, :end] are known
-            with inference, _mode(own, train=False):
+            with inference, _mode(own, train=False) if own else nullcontext():
                 if cache is not None and end <= max_seq_len:
                     h = net.hidden(ids[:, cache[0].length : end], cache)
                 else:  # the window moves, so every token gets another position and nothing cached
@@ -316,7 +316,7 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     else:
         ids = None  # drawn from all of them, as they stand
     best = logits[:, :1] if ids is not None else logits.amax(dim=-1, keepdim=True)
-    if not math.isfinite((0 * best).sum().item()):  # 0 · inf and 0 · NaN are NaN
+    if not all(math.isfinite(logit) for (logit,) in best.tolist()):  # NaN counts as the greatest
         raise ValueError("the model's logits are not finite numbers: its weights are damaged, or "
                          "training diverged; load an earlier checkpoint or lower the learning rate")
     if temperature == 0:

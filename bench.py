@@ -14,7 +14,6 @@ Needs: torch, numpy, tqdm, and the scripts beside it. On two cores all parts tak
 import contextlib
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -96,15 +95,20 @@ def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
-    a, big = torch.randn(1024, 1024), torch.ones(1 << 26)
-    gflops = 2 * 1024**3 / 1e9 / in_turn({"": lambda: a @ a}, 50, min)[""]
+    native, big = pick_dtype(torch.device("cpu")) == "bf16", torch.ones(1 << 26)
+    matrices = {"fp32": torch.randn(1024, 1024)}
+    if native:
+        matrices["bf16"] = matrices["fp32"].bfloat16()
+    seconds = in_turn({name: partial(torch.mm, a, a) for name, a in matrices.items()}, 50, min)
     read = big.nbytes / 1e9 / in_turn({"": big.sum}, 20, min)[""]
     about = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
              "os": platform.system(), "python": platform.python_version(),
              "torch": torch.__version__,
-             "native_bf16": pick_dtype(torch.device("cpu")) == "bf16",
+             "native_bf16": native,
              **{name: version(name) for name in PEERS if importlib.util.find_spec(name)},
-             "matmul_gflops": rounded(gflops), "read_gb_per_second": rounded(read)}
+             **{f"matmul_gflops_{name}": rounded(2 * 1024**3 / 1e9 / s)
+                for name, s in seconds.items()},
+             "read_gb_per_second": rounded(read)}
     show("Machine", [{"what": key, "value": value} for key, value in about.items()])
     return about
 
@@ -273,7 +277,7 @@ def training() -> None:
     """fit, beside nanoGPT's training loop or the same loop around transformers' GPT-2."""
     nanogpt = peer("nanoGPT")
     transformers = None if nanogpt else peer("transformers")
-    rows, peak_gflops = [], RESULTS["machine"]["matmul_gflops"]
+    rows = []
     for V, T, B, E, H, layers in TRAINING_SHAPES:
         ids = np.random.default_rng(0).integers(0, V, 200_000, dtype=np.uint16)
         batches = Batches(GetData(ids, T), B, seed=0)
@@ -295,7 +299,8 @@ def training() -> None:
         labels = {"V, T, B, E, H, layers": f"{V}, {T}, {B}, {E}, {H}, {layers}"}
         for row in compared(labels, seconds, "tokens_per_second", T * B * steps):
             if row["run"].startswith("ours"):
-                row |= {"flops_utilisation": flops * steps / row["seconds"] / 1e9 / peak_gflops,
+                peak = RESULTS["machine"][f"matmul_gflops_{row['run'].split()[1]}"]
+                row |= {"flops_utilisation": flops * steps / row["seconds"] / 1e9 / peak,
                         "loading_share": loading / row["seconds"]}
             rows.append(row)
     RESULTS["training"] = show("Training; x: times as fast as", rows)
@@ -475,31 +480,43 @@ def memory() -> None:
                          "peak_mb": in_child(f"peak(load={(path, dtype)!r})")})
         text = standard_library()
         BPE(8192).fit(text).save(path)
-        with open(f"{folder}/text.txt", "w", encoding="utf-8", newline="") as file:
-            file.writelines([text] * 16)
+        for name, times in (("part.txt", 1), ("text.txt", 16)):
+            with open(f"{folder}/{name}", "w", encoding="utf-8", newline="") as file:
+                file.writelines([text] * times)
         megabytes = Path(folder, "text.txt").stat().st_size / 1e6
-        rows.append({"process": f"BPE.encode_file, {megabytes:.0f} MB of text, without workers",
-                     "peak_mb": in_child(f"peak(encode={(path, folder + '/text.txt')!r})")})
-    rows.append({"process": f"BPE.fit, {2 * megabytes:.0f} MB in an iterable, without workers",
-                 "peak_mb": in_child("peak(texts=32)")})
+        for name, code in (
+                (f"BPE.encode_file, {megabytes:.0f} MB",
+                 f"BPE.load({path!r}).encode_file('{folder}/text.txt', '{folder}/ids.npy')"),
+                (f"BPE.fit, {2 * megabytes:.0f} MB in an iterable",
+                 f"text = open('{folder}/part.txt', encoding='utf-8', newline='').read()\n"
+                 "BPE(8192).fit(text for _ in range(32))")):
+            own, worker = peaks(f"from BPE import BPE\n{code}")
+            rows += [{"process": f"{name}, without its workers", "peak_mb": own},
+                     {"process": f"{name}, its largest worker", "peak_mb": worker}]
     RESULTS["memory"] = show("Memory: peak of the process, MB", rows)
 
 
-def peak(fit: tuple = (), load: tuple = (), encode: tuple = (), texts: int = 0) -> float:
-    """Train four steps, or load and write, or encode a file, or fit a tokenizer to the standard
-    library so many times; then this process's largest memory, MB."""
+def peak(fit: tuple = (), load: tuple = ()) -> float:
+    """Train four steps, or load and write; then this process's largest memory, MB."""
     if fit:
         V, T, B, E, H, layers = fit
         batches = Batches(GetData(list(range(V)), T), B, seed=0)
         fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")()
     if load:
         GPT.load(load[0], dtype=load[1]).generate(torch.ones(1, 8).long(), 32, True)
-    if encode:
-        BPE.load(encode[0]).encode_file(encode[1], f"{encode[1]}.npy")
-    if texts:
-        BPE(8192).fit(itertools.repeat(standard_library(), texts))
     high = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)
     return rounded(int(high) / 1e3)
+
+
+def peaks(code: str) -> list[float]:
+    """The largest memory of a new process that runs the code, and of its largest child, MB."""
+    code += """
+import re, resource
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    return [rounded(int(kilobytes) / 1e3) for kilobytes in shown.split()]
 
 
 # ------------------------------------------------------------------ the speedrun
