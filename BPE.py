@@ -61,7 +61,7 @@ CACHE_IDS = 1 << 24    # ... and ids in them, before the memory is cleared
 FEW = 16               # places up to which a pair is merged by plain Python
 NONE = -1              # in an array of symbols: a border between words, or a symbol merged away
 WORKER_FLAG = "--bpe-worker"
-LOCK = threading.Lock()
+LOCK = threading.Lock()  # for the memory of words, which threads that share a tokenizer share too
 
 # Where no pre-token crosses: before a space behind a non-space, behind a single line end between
 # non-spaces, between a letter and one of these signs. (`re` counts more as \s than Unicode does.)
@@ -88,7 +88,7 @@ class Splitter:
     """
 
     def __init__(self, pattern: str):
-        self.pattern = pattern
+        self.pattern, self.published = pattern, pattern in (GPT2_PATTERN, GPT4_PATTERN)
         own = sorted({"\x85", "\u017f", "\u212a"} | {c for c in pattern if not c.isascii()})
         self.own = {c: 128 + len(CATEGORIES) + i for i, c in enumerate(own)}
         letters = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES
@@ -107,13 +107,11 @@ class Splitter:
             text = ITEM.sub(self.translate, pattern)
             # | ?[..]+| as | [..]+|[..]+|: the same attempts in the same order, 8 % faster in `re`.
             text = re.sub(r"(?<=[^\\]\|) \?(\[(?:\\.|[^]\\])*\]\+)(?=\|)", r" \1|\1", text)
-            matches = re.compile(text, re.ASCII).match
-            if matches(""):
+            self.first = re.compile(text, re.ASCII).match
+            if self.first(""):
                 raise self.error("it matches the empty text")
-            self.total = all(matches(chr(b) + behind) for b in everything
-                             for behind in ("", " ", "\n", "a", "1", "!"))
             # What the pattern leaves out becomes a word of its own: no text gets lost.
-            self.findall = re.compile(f"{text}|(?:(?!{text})[\\x00-\\xff])+", re.ASCII).findall
+            self.all = re.compile(f"{text}|(?:(?!{text})[\\x00-\\xff])+", re.ASCII).findall
         except re.error as error:
             raise self.error(str(error)) from None
 
@@ -167,7 +165,7 @@ class Splitter:
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text."""
         if text.isascii():
-            return self.checked(self.findall(text), text)
+            return self.findall(text)
         try:
             code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError as error:
@@ -176,25 +174,32 @@ class Splitter:
                 "character: replace it (text.encode('utf-8', 'replace').decode())") from None
         for c in np.unique(code[self.fold[code] == 255]).tolist():     # classified when first met
             self.fold[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-        words = self.checked(self.findall(self.fold[code].tobytes().decode("latin-1")), text)
+        words = self.findall(self.fold[code].tobytes().decode("latin-1"))
         end = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
         changed = np.searchsorted(end, np.flatnonzero(code > 127), side="right")
         for i in np.unique(changed).tolist():               # these get their own letters back
             words[i] = text[end[i - 1] if i else 0:end[i]]
         return words
 
-    def checked(self, words: list[str], text: str) -> list[str]:
-        """A pattern that matches nothing where something follows gives '' and loses a character."""
-        if (self.pattern not in (GPT2_PATTERN, GPT4_PATTERN)
-                and sum(map(len, words)) != len(text)):
+    def findall(self, letters: str) -> list[str]:
+        """Folded letters -> their words. A pattern that matches nothing in front of something gives
+        '' and loses a character: known of the published patterns that they don't, else checked."""
+        words = self.all(letters)
+        if not self.published and sum(map(len, words)) != len(letters):
             raise self.error("it matches the empty text")
         return words
+
+    @functools.cached_property
+    def total(self) -> bool:
+        """Whether the pattern alone matches everywhere, whatever follows."""
+        return all(self.first(chr(b) + behind) for b in range(len(self.letters))
+                   for behind in ("", " ", "\n", "a", "1", "!"))
 
     @functools.cached_property
     def cuttable(self) -> bool:
         """Whether texts may be cut at CUT: known for the published patterns, others are tried."""
         parts = (*"aB1'!/é\u0301中。 \n\r", "'s", "a b", "x\n")
-        return self.pattern in (GPT2_PATTERN, GPT4_PATTERN) or all(
+        return self.published or all(
             self(text) == self(text[:cut.start()]) + self(text[cut.start():])
             for text in map("".join, product(parts, repeat=3)) for cut in CUT.finditer(text))
 
@@ -482,26 +487,24 @@ class BPE:
         return ids
 
     def _encode(self, pieces: list[str | int]) -> np.ndarray:
-        """Texts and ready ids -> ids (n,). One thread at a time: they share the memory of words."""
+        """Texts and ready ids -> ids (n,)."""
         with LOCK:
-            return self._encode_alone(pieces)
-
-    def _encode_alone(self, pieces: list[str | int]) -> np.ndarray:
-        if len(self._number) > CACHE_WORDS + len(self._bytes) or len(self._ids) > CACHE_IDS:
-            self._forget()
-        words: list[str | int] = []
-        for piece in pieces:
-            words += self._split(piece) if isinstance(piece, str) else [piece]
-        number = np.fromiter(map(self._number.__getitem__, words), np.int64, len(words))
-        if new := len(self._number) - len(self._begin):
-            self._ready = self._ready or Merges(self.merges, self._made)
-            listed = list(islice(reversed(self._number), new))[::-1]
-            fresh = Words(listed, self._byte_ids)
-            self._ready.encode(fresh)
-            self._add(*fresh.results())
-        many = self._many[number]
-        end = np.cumsum(many)
-        return self._ids[np.repeat(self._begin[number] - end + many, many) + np.arange(many.sum())]
+            if len(self._number) > CACHE_WORDS + len(self._bytes) or len(self._ids) > CACHE_IDS:
+                self._forget()
+            words: list[str | int] = []
+            for piece in pieces:
+                words += self._split(piece) if isinstance(piece, str) else [piece]
+            number = np.fromiter(map(self._number.__getitem__, words), np.int64, len(words))
+            if new := len(self._number) - len(self._begin):
+                self._ready = self._ready or Merges(self.merges, self._made)
+                listed = list(islice(reversed(self._number), new))[::-1]
+                fresh = Words(listed, self._byte_ids)
+                self._ready.encode(fresh)
+                self._add(*fresh.results())
+            many = self._many[number]
+            end = np.cumsum(many)
+            begin = np.repeat(self._begin[number] - end + many, many)
+            return self._ids[begin + np.arange(many.sum())]
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
                     out_path: str | os.PathLike) -> int:

@@ -114,11 +114,14 @@ def machine() -> dict:
 
 
 def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 0,
-            summary: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
-    """Seconds each function takes: median over rounds of A B A B, after one unmeasured round."""
+            summary: Callable[[list[float]], float] = statistics.median,
+            pause: float = 0.0) -> dict[str, float]:
+    """Seconds each function takes: median over rounds of A B A B, after one unmeasured round.
+    pause: seconds before each call; idle threads of another process still spin for a while."""
     seconds = {name: [] for name in functions}
     for n in range(1 + (rounds or ROUNDS)):
         for name, function in functions.items():
+            time.sleep(pause)
             start = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 function()
@@ -174,14 +177,13 @@ def peer(name: str) -> object | None:
         return None
 
 
-def in_child(call: str) -> object:
-    """What a call of a function of this file gives in a new process; its start counts, too."""
-    code = f"import bench, json\nprint(json.dumps(bench.{call}))"
+def in_child(code: str) -> list[str]:
+    """The lines that code prints in a new process; its start counts, too."""
     process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False,
                              capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"bench.{call} failed:\n{process.stderr[-2000:]}")
-    return json.loads(process.stdout.splitlines()[-1])
+        raise RuntimeError(f"{code}\nfailed:\n{process.stderr[-2000:]}")
+    return process.stdout.splitlines()
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -365,15 +367,10 @@ def generation() -> None:
                                                 ("prompt of 500", 1, 500, 1)):
                 if prompt + tokens > T:
                     continue
-                measured = {name: [] for name in names}
-                for n in range(1 + ROUNDS):
-                    for name, seconds in measured.items():
-                        time.sleep(0.3)  # idle threads of the last one still spin for a while
-                        s = writers[name](batch, prompt, tokens)
-                        seconds += [s] if n else []
-                rows += compared({"size": size, "task": task},
-                                 {name: statistics.median(s) for name, s in measured.items()},
-                                 "tokens_per_second", batch * tokens)
+                seconds = in_turn({name: partial(write, batch, prompt, tokens)
+                                   for name, write in writers.items()}, pause=0.3)
+                rows += compared({"size": size, "task": task}, seconds, "tokens_per_second",
+                                 batch * tokens)
         weights = V * E + V + layers * (12 * E * E + 13 * E)  # of the embeddings it reads two rows
         for dtype, width in (("fp32", 4), ("bf16", 2)):
             read = RESULTS["machine"]["read_gb_per_second"]
@@ -385,19 +382,18 @@ def generation() -> None:
 @contextlib.contextmanager
 def writer_process(name: str, shape: tuple):
     """A process for one model alone, as thread pools of different libraries disturb each other.
-    Gives a function: batch, length of the prompt, new tokens -> seconds."""
+    Gives a function of batch, length of the prompt and new tokens that has them written."""
     code = f"import bench; bench.NANOGPT_DIR = {NANOGPT_DIR!r}; bench.serve({name!r}, {shape})"
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
             [sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
 
-        def write(*task: int) -> float:
+        def write(*task: int) -> None:
             with contextlib.suppress(BrokenPipeError):
                 print(*task, file=process.stdin)
-            if answer := process.stdout.readline():
-                return float(answer)
-            errors.seek(0)
-            raise RuntimeError(f"{name} failed:\n{errors.read()[-2000:]}")
+            if not process.stdout.readline():
+                errors.seek(0)
+                raise RuntimeError(f"{name} failed:\n{errors.read()[-2000:]}")
 
         try:
             yield write
@@ -407,7 +403,7 @@ def writer_process(name: str, shape: tuple):
 
 
 def serve(name: str, shape: tuple) -> None:
-    """The other end of writer_process: a line with a task in, a line with its seconds out."""
+    """The other end of writer_process: a line with a task in, a line out when it is done."""
     answers, sys.stdout = sys.stdout, sys.stderr
     V, T, E, H, layers = shape
     with tempfile.TemporaryDirectory() as folder:
@@ -425,10 +421,8 @@ def serve(name: str, shape: tuple) -> None:
                      ctranslate2_writer(name.split()[1], transformers, model, folder, V))
         for line in sys.stdin:
             batch, prompt, tokens = map(int, line.split())
-            x = torch.randint(1, V, (batch, prompt))
-            start = time.perf_counter()
-            write(x, tokens)
-            print(time.perf_counter() - start, file=answers, flush=True)
+            write(torch.randint(1, V, (batch, prompt)), tokens)
+            print("done", file=answers, flush=True)
 
 
 def transformers_write(model: torch.nn.Module, x: torch.Tensor, tokens: int) -> None:
@@ -466,9 +460,9 @@ def memory() -> None:
     if not Path("/proc/self/status").exists():
         print("\nMemory: left out, there is no /proc here")
         return
-    rows = [{"process": "import torch and the scripts", "peak_mb": in_child("peak()")},
+    rows = [{"process": "import torch and the scripts", "peak_mb": peaks("import bench")[0]},
             {"process": f"fit, shape {TRAINING_SHAPES[-1]}",
-             "peak_mb": in_child(f"peak(fit={TRAINING_SHAPES[-1]})")}]
+             "peak_mb": peaks(f"import bench\nbench.four_steps(*{TRAINING_SHAPES[-1]})")[0]}]
     V, T, E, H, layers, _ = GENERATION_SHAPES["GPT-1 size"]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.pt"
@@ -476,8 +470,9 @@ def memory() -> None:
         rows.append({"process": "(the file of the GPT-1 size model)",
                      "peak_mb": Path(path).stat().st_size / 1e6})
         for dtype in ("fp32", "bf16"):
-            rows.append({"process": f"load and generate, GPT-1 size, {dtype}",
-                         "peak_mb": in_child(f"peak(load={(path, dtype)!r})")})
+            own, _ = peaks("import bench, torch\nx = torch.ones(1, 8).long()\n"
+                           f"bench.GPT.load({path!r}, dtype={dtype!r}).generate(x, 32, True)")
+            rows.append({"process": f"load and generate, GPT-1 size, {dtype}", "peak_mb": own})
         text = standard_library()
         BPE(8192).fit(text).save(path)
         for name, times in (("part.txt", 1), ("text.txt", 16)):
@@ -496,27 +491,18 @@ def memory() -> None:
     RESULTS["memory"] = show("Memory: peak of the process, MB", rows)
 
 
-def peak(fit: tuple = (), load: tuple = ()) -> float:
-    """Train four steps, or load and write; then this process's largest memory, MB."""
-    if fit:
-        V, T, B, E, H, layers = fit
-        batches = Batches(GetData(list(range(V)), T), B, seed=0)
-        fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")()
-    if load:
-        GPT.load(load[0], dtype=load[1]).generate(torch.ones(1, 8).long(), 32, True)
-    high = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)
-    return rounded(int(high) / 1e3)
+def four_steps(V: int, T: int, B: int, E: int, H: int, layers: int) -> None:
+    batches = Batches(GetData(list(range(V)), T), B, seed=0)
+    fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")()
 
 
 def peaks(code: str) -> list[float]:
     """The largest memory of a new process that runs the code, and of its largest child, MB."""
-    code += """
+    shown = in_child(code + """
 import re, resource
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
-    shown = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    return [rounded(int(kilobytes) / 1e3) for kilobytes in shown.split()]
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)""")
+    return [rounded(int(kilobytes) / 1e3) for kilobytes in shown[-2:]]
 
 
 # ------------------------------------------------------------------ the speedrun
@@ -534,7 +520,8 @@ def speedrun() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in SPEEDRUNS.items():
             start = time.time()
-            run = in_child(f"learn({text!r}, {settings!r}, {folder + '/model.pt'!r})")
+            call = f"bench.learn({text!r}, {settings!r}, {folder + '/model.pt'!r})"
+            run = json.loads(in_child(f"import bench, json\nprint(json.dumps({call}))")[-1])
             best = min(point["nats_per_byte"] for point in run["curve"])
             row = {"run": name, "seconds": run["curve"][-1]["time"] - start, "nats_per_byte": best,
                    "aim": str(settings["aim"]), "aim_after": "not reached"}
