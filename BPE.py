@@ -336,7 +336,7 @@ class Merges:
         use: dict[int, int] = {}           # symbol -> first merge that uses it
         for i, (left, right) in reversed(list(enumerate(merges))):
             use[left] = use[right] = i
-        self.band = np.zeros(len(merges) + 1, np.int64)
+        self.band = np.zeros(len(merges) + 1, np.uint32)
         band, end = 0, len(merges)
         for i, symbol in enumerate(made):
             if use.get(symbol, i + 1) <= i:
@@ -346,7 +346,8 @@ class Merges:
                 band, end = band + 1, len(merges)
             self.band[i] = band
             end = min(end, use.get(symbol, end))
-        self.band[-1] = -1
+        self.band[-1] = band + 1
+        self.band = self.band.astype(np.min_scalar_type(band + 1))
 
     def look_up(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Symbols (n,), (n,) -> the merge that joins them (n,), or self.none."""
@@ -358,34 +359,19 @@ class Merges:
         """Makes all merges in the words, in the same order as one would in each word alone."""
         symbol, nexts, previous = words.symbol, words.next, words.previous
         rank = np.append(self.look_up(symbol[:-1], symbol[1:]), self.none)   # of the pair from here
-        waiting: dict[int, list[np.ndarray]] = defaultdict(list)             # band -> places
-        heap: list[int] = []
-
-        def wait(at: np.ndarray) -> None:
-            at = at[rank[at] != self.none]
-            band = self.band[rank[at]]
-            order = np.argsort(band, kind="stable")
-            at, band = at[order], band[order]
-            begin = np.flatnonzero(np.diff(band, prepend=-1)).tolist()
-            for b, i, j in zip(band[begin].tolist(), begin, [*begin[1:], len(at)], strict=False):
-                if b not in waiting:
-                    heapq.heappush(heap, b)
-                waiting[b].append(at[i:j])
-
-        wait(np.arange(len(symbol)))
-        while heap:
-            band = heapq.heappop(heap)
-            at = np.unique(np.concatenate(waiting.pop(band)))
-            while len(at := at[self.band[rank[at]] == band]):
-                here, left, right = rank[at], rank[previous[at]], rank[nexts[at]]
-                # Now: pairs whose overlapping neighbours come later; of aaaaa the first, third ...
-                i = np.arange(len(at))
-                run = np.maximum.accumulate(np.where(left == here, 0, i))
-                now = (left > here)[run] & ((i - run) % 2 == 0) & (right >= here)
-                rank[words.join(at[now], self.made[here[now]])] = self.none
-                changed = np.concatenate((previous[at[now]], at[now]))
-                rank[changed] = self.look_up(symbol[changed], symbol[nexts[changed]])
-                wait(changed)
+        band = self.band[rank]
+        while (first := band.min()) < self.band[-1]:
+            at = np.flatnonzero(band == first)
+            here, left, right = rank[at], rank[previous[at]], rank[nexts[at]]
+            # Now: pairs whose overlapping neighbours come later; of aaaaa the first, third ...
+            i = np.arange(len(at))
+            run = np.maximum.accumulate(np.where(left == here, 0, i))
+            now = (left > here)[run] & ((i - run) % 2 == 0) & (right >= here)
+            gone = words.join(at[now], self.made[here[now]])
+            rank[gone], band[gone] = self.none, self.band[-1]
+            changed = np.concatenate((previous[at[now]], at[now]))
+            rank[changed] = self.look_up(symbol[changed], symbol[nexts[changed]])
+            band[changed] = self.band[rank[changed]]
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
@@ -428,7 +414,7 @@ class BPE:
     def _forget(self) -> None:
         """The memory of words: word -> number k, with the _many[k] ids that begin at _begin[k] in
         _ids. Ready ids stand in it, too, as words of their own: they encode to themselves."""
-        ids = np.array(list(self._bytes))
+        ids = np.array(list(self._bytes), np.uint16 if len(self) <= 65536 else np.uint32)
         self._remember(list(self._bytes), ids, np.arange(len(ids)), np.ones(len(ids), np.int64))
 
     def _remember(self, words, ids, begin, many) -> None:
@@ -438,7 +424,8 @@ class BPE:
 
     def _add(self, ids, begin, many) -> None:
         self._begin = np.append(self._begin, begin + len(self._ids))
-        self._ids, self._many = np.append(self._ids, ids), np.append(self._many, many)
+        self._ids = np.append(self._ids, ids.astype(self._ids.dtype))
+        self._many = np.append(self._many, many)
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
@@ -497,7 +484,7 @@ class BPE:
         return ids
 
     def _encode(self, pieces: list[str | int]) -> np.ndarray:
-        """Texts and ready ids -> ids (n,)."""
+        """Texts and ready ids -> ids (n,), of uint16 if that holds all there are, else uint32."""
         with LOCK:
             if len(self._number) > CACHE_WORDS + len(self._bytes) or len(self._ids) > CACHE_IDS:
                 self._forget()
@@ -527,11 +514,11 @@ class BPE:
         """
         if isinstance(source, (str, os.PathLike)):
             source = read_text(source) if self._split.cuttable else ["".join(read_text(source))]
-        dtype, total = np.dtype("<u2" if len(self) <= 65536 else "<u4"), 0
+        dtype, total = self._ids.dtype, 0
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
             for ids in self._spread("_encode", self._batches(source), "encoding"):
-                file.write(ids.astype(dtype).tobytes())
+                file.write(ids.tobytes())
                 total += len(ids)
             file.seek(0)
             header = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({total},), }}"
@@ -622,7 +609,7 @@ class BPE:
                 with LOCK:
                     cache = (list(self._number), self._ids, self._begin, self._many)
                 state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made,
-                                      cache if job == "_encode" else None))
+                                      self._bytes, cache if job == "_encode" else None))
                 for worker in workers:
                     with contextlib.suppress(OSError):       # receive will find out
                         worker.stdin.write(state)
@@ -883,9 +870,9 @@ def _work() -> None:
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is the caller's business
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    pattern, byte_ids, merges, made, cache = pickle.load(source)
+    pattern, byte_ids, merges, made, others, cache = pickle.load(source)
     bpe = BPE(256, pattern)
-    bpe._set(byte_ids, merges, made, {})
+    bpe._set(byte_ids, merges, made, {}, others)
     if cache:
         bpe._remember(*cache)
     with contextlib.suppress(EOFError):

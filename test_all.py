@@ -2800,9 +2800,12 @@ class TestBPE(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "no id"):
                 bpe.encode_file(["a", wrong], out)
         self.assertEqual(np.load(out).shape, (0,))
-        with mock.patch.object(BPE, "__len__", lambda self: 65537):
-            bpe.encode_file(["abc"], out)
-        self.assertEqual(np.load(out).dtype, np.uint32)
+        for special, dtype in ((65_280, np.uint16), (65_281, np.uint32)):
+            bpe = BPE(70_000, special_tokens=map(str, range(special)))
+            want = [97, len(bpe) - 1, 98]
+            bpe.encode_file(["a", len(bpe) - 1, "b"], out)
+            self.assertEqual((np.load(out).dtype, np.load(out).tolist()), (dtype, want))
+            self.assertEqual(bpe.encode(f"a{special - 1}b", allow_special=True), want)
 
     def test_read_text(self):
         path = self.folder / "text.txt"
@@ -2904,6 +2907,23 @@ class TestBPE(unittest.TestCase):
                 mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True),
             ):
                 self.assertEqual(BPE(400).fit(text).merges, whole.merges)
+
+    def test_a_worker_that_forgets_words_knows_all_ids(self):
+        text = self.corpus()[:20_000]
+        bpe = BPE(500, special_tokens=["<|end|>"]).fit(text)
+        end = bpe.special_tokens["<|end|>"]
+        want = [*bpe.encode(text), end] * 4
+        source = (HERE / "BPE.py").read_text("utf-8")
+        forgetful = re.sub("^CACHE_WORDS = 1 << 19", "CACHE_WORDS = 10", source, flags=re.M)
+        self.assertNotEqual(forgetful, source)
+        (self.folder / "forgetful.py").write_text(forgetful, "utf-8")
+        self.small_batches()
+        with (
+            mock.patch.object(bpe_file, "__file__", str(self.folder / "forgetful.py")),
+            mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True),
+        ):
+            bpe.encode_file([text, end] * 4, self.folder / "x.npy")
+        self.assertEqual(np.load(self.folder / "x.npy").tolist(), want)
 
     WORK = textwrap.dedent("""
         import BPE
