@@ -8,20 +8,22 @@ does just that: count all pairs, take the best, replace it everywhere. The same 
 1. Each distinct pre-token ("word") is kept once, with its count. All words lie in one flat array of
    symbols, a border between two words, the next and previous living place beside each symbol.
 2. All occurrences of a pair come into being in one step: when the younger of its symbols is made.
-   They are noted then, as one slice of one sorted array, and never updated. When a pair comes off
-   the heap, occurrences that have died are dropped; if there were any, it goes back, recounted.
-3. So a merge is a dozen array operations, however many words it changes.
+   They are noted then and never updated. Pairs wait in heaps, one for each count; when one comes
+   off, occurrences that have died are dropped, and if there were any, it goes back, recounted.
+3. So a merge is a dozen array operations, however many words it changes (a short loop if few).
 4. Encoding uses the same arrays. Many merges are made at once: a *band* is a run of merges none of
-   which uses what another one of them makes. Each distinct word is encoded once, then looked up.
+   which uses what another one of them makes; the lowest that is left is made everywhere. Each
+   distinct word is encoded once, then looked up.
 5. Before the split, a character outside ASCII is folded to one letter that stands for its Unicode
    category. So `re` needs no \\p{L}, no class is large, and the split is exact.
-6. Long texts are counted and encoded by worker processes, which run this file and nothing else.
+6. Long texts (over 4 million characters) are counted and encoded by worker processes, which run
+   this file and nothing else; the caller does a batch while they start.
 
 Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown.
 Left out: normalizers, dropout, scripts (\\p{Han}) and \\w in patterns. Ids equal those of tiktoken,
 tokenizers and rustbpe for every character that the running Python's `unicodedata` knows; younger
 characters round-trip too, but may be split differently.
-Needs Python 3.11 and numpy (and tqdm for progress bars, if it is there); no torch, no model.
+Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
 >>> bpe.merges                                       # "l" + "o", then "lo" + "w"
@@ -43,7 +45,7 @@ import threading
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, product
+from itertools import chain, count, islice, product
 
 import numpy as np
 
@@ -61,12 +63,12 @@ CACHE_IDS = 1 << 24    # ... and ids in them, before the memory is cleared
 FEW = 16               # places up to which a pair is merged by plain Python
 NONE = -1              # in an array of symbols: a border between words, or a symbol merged away
 WORKER_FLAG = "--bpe-worker"
-LOCK = threading.Lock()  # for the memory of words, which threads that share a tokenizer share too
+LOCK = threading.Lock()  # one for the memories of all tokenizers: threads may share one
 
 # Where no pre-token crosses: before a space behind a non-space, behind a single line end between
 # non-spaces, between a letter and one of these signs. (`re` counts more as \s than Unicode does.)
-CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])"
-                 r"|(?<=[^\W\d_])(?=[,.;:!?(){}=<>\"，。、；：！？])")
+SIGNS = ",.;:!?(){}=<>\"，。、；：！？"
+CUT = re.compile(rf"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])|(?<=[^\W\d_])(?=[{SIGNS}])")
 
 # --- text -> words --------------------------------------------------------------------------------
 
@@ -199,9 +201,11 @@ class Splitter:
     def cuttable(self) -> bool:
         """Whether texts may be cut at CUT: known for the published patterns, others are tried."""
         parts = (*"aB1'!/é\u0301中。 \n\r", "'s", "a b", "x\n")
+        joined = ("a" + (sign + part) * n for sign in SIGNS for part in parts for n in (1, 2, 3))
         return self.published or all(
             self(text) == self(text[:cut.start()]) + self(text[cut.start():])
-            for text in map("".join, product(parts, repeat=3)) for cut in CUT.finditer(text))
+            for text in chain(map("".join, product(parts, repeat=3)), joined)
+            for cut in CUT.finditer(text))
 
 
 # --- merging: all words in one array --------------------------------------------------------------
@@ -225,11 +229,10 @@ class Words:
         self.next[at], self.previous[after] = after, at
         return gone
 
-    def results(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All symbols left, and for each word where its own begin and how many they are."""
+    def results(self) -> tuple[np.ndarray, np.ndarray]:
+        """All symbols left, and where those of each word begin (n words, n + 1 places)."""
         alive = self.symbol != NONE
-        before = np.append(0, np.cumsum(alive))[self.border]
-        return self.symbol[alive], before[:-1], np.diff(before)
+        return self.symbol[alive], np.append(0, np.cumsum(alive))[self.border]
 
 
 def learn(words: Words, counts: np.ndarray, num_merges: int) -> Iterator[tuple[int, int]]:
@@ -327,27 +330,21 @@ class Merges:
     """The merges in their order, to be looked up and to be made on many words at a time."""
 
     def __init__(self, merges: list[tuple[int, int]], made: list[int]):
-        pair = np.array(merges, np.int64).reshape(-1, 2)
-        key = pair[:, 0] << 32 | pair[:, 1]
+        key = np.array([left << 32 | right for left, right in merges], np.int64)
         self.rank = np.append(np.argsort(key), len(merges))  # place in the sorted keys -> merge
-        self.key = np.append(key[self.rank[:-1]], 1 << 62)
+        self.key = np.append(key[self.rank[:-1]], np.iinfo(np.int64).max)
         self.none = len(merges)            # what is no merge ranks behind all merges
         self.made = np.array(made, np.int64)
-        use: dict[int, int] = {}           # symbol -> first merge that uses it
-        for i, (left, right) in reversed(list(enumerate(merges))):
-            use[left] = use[right] = i
-        self.band = np.zeros(len(merges) + 1, np.uint32)
-        band, end = 0, len(merges)
+        use = {symbol: i for i in reversed(range(self.none)) for symbol in merges[i]}  # the first
+        band, end = [0], self.none
         for i, symbol in enumerate(made):
             if use.get(symbol, i + 1) <= i:
                 raise ValueError(f"merge {use[symbol]} uses the token {symbol}, "
-                                 f"which merge {i} makes later")
-            if i == end:
-                band, end = band + 1, len(merges)
-            self.band[i] = band
-            end = min(end, use.get(symbol, end))
-        self.band[-1] = band + 1
-        self.band = self.band.astype(np.min_scalar_type(band + 1))
+                                 f"which only merge {i} makes")
+            band.append(band[-1] + (i == end))
+            end = min(self.none if i == end else end, use.get(symbol, self.none))
+        last = band[-1] + 1
+        self.band = np.array([*band[1:], last], np.min_scalar_type(last))
 
     def look_up(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Symbols (n,), (n,) -> the merge that joins them (n,), or self.none."""
@@ -356,7 +353,8 @@ class Merges:
         return np.where(self.key[i] == key, self.rank[i], self.none)
 
     def encode(self, words: Words) -> None:
-        """Makes all merges in the words, in the same order as one would in each word alone."""
+        """Makes all merges, band by band in all words at once, with the result of making them one
+        by one, in order, in each word alone."""
         symbol, nexts, previous = words.symbol, words.next, words.previous
         rank = np.append(self.look_up(symbol[:-1], symbol[1:]), self.none)   # of the pair from here
         band = self.band[rank]
@@ -412,20 +410,18 @@ class BPE:
         self._forget()
 
     def _forget(self) -> None:
-        """The memory of words: word -> number k, with the _many[k] ids that begin at _begin[k] in
-        _ids. Ready ids stand in it, too, as words of their own: they encode to themselves."""
+        """A new memory of words: word -> number k, its ids are _ids[_begin[k]:_begin[k + 1]].
+        Ready ids stand in it, too, as words of their own: they encode to themselves."""
         ids = np.array(list(self._bytes), np.uint16 if len(self) <= 65536 else np.uint32)
-        self._remember(list(self._bytes), ids, np.arange(len(ids)), np.ones(len(ids), np.int64))
+        self._remember(list(self._bytes), ids, np.arange(len(ids) + 1))
 
-    def _remember(self, words, ids, begin, many) -> None:
+    def _remember(self, words, ids, begin) -> None:
         self._number = defaultdict(None, zip(words, range(len(words)), strict=True))
-        self._number.default_factory = self._number.__len__  # a new word gets the next number, in C
-        self._ids, self._begin, self._many = ids, begin, many
+        self._ids, self._begin = ids, begin
 
-    def _add(self, ids, begin, many) -> None:
-        self._begin = np.append(self._begin, begin + len(self._ids))
-        self._ids = np.append(self._ids, ids.astype(self._ids.dtype))
-        self._many = np.append(self._many, many)
+    def _add(self, ids, begin) -> None:                      # both arrays or, out of memory, none
+        self._ids, self._begin = (np.append(self._ids, ids.astype(self._ids.dtype)),
+                                  np.append(self._begin, begin[1:] + len(self._ids)))
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
@@ -484,24 +480,25 @@ class BPE:
         return ids
 
     def _encode(self, pieces: list[str | int]) -> np.ndarray:
-        """Texts and ready ids -> ids (n,), of uint16 if that holds all there are, else uint32."""
+        """Texts and ready ids -> ids (n,): uint16 if every id fits, else uint32."""
         with LOCK:
             if len(self._number) > CACHE_WORDS + len(self._bytes) or len(self._ids) > CACHE_IDS:
                 self._forget()
             words: list[str | int] = []
             for piece in pieces:
                 words += self._split(piece) if isinstance(piece, str) else [piece]
+            self._number.default_factory = count(len(self._number)).__next__    # for new words
             number = np.fromiter(map(self._number.__getitem__, words), np.int64, len(words))
-            if new := len(self._number) - len(self._begin):
+            if new := len(self._number) + 1 - len(self._begin):
                 self._ready = self._ready or Merges(self.merges, self._made)
                 listed = list(islice(reversed(self._number), new))[::-1]
                 fresh = Words(listed, self._byte_ids)
                 self._ready.encode(fresh)
                 self._add(*fresh.results())
-            many = self._many[number]
-            end = np.cumsum(many)
-            begin = np.repeat(self._begin[number] - end + many, many)
-            return self._ids[begin + np.arange(many.sum())]
+            begin = self._begin[number]
+            many = self._begin[number + 1] - begin
+            shift = np.repeat(begin - np.cumsum(many) + many, many)
+            return self._ids[shift + np.arange(len(shift))]
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
                     out_path: str | os.PathLike) -> int:
@@ -521,8 +518,8 @@ class BPE:
                 file.write(ids.tobytes())
                 total += len(ids)
             file.seek(0)
-            header = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({total},), }}"
-            file.write(b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n")
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -594,20 +591,21 @@ class BPE:
             worker, batch = busy.popleft()
             try:
                 answer = pickle.load(worker.stdout)
-            except (OSError, EOFError, pickle.UnpicklingError):
+            except Exception:
                 answer = getattr(self, job)(batch)       # the worker died, or never lived
             if isinstance(answer, Exception):
                 raise answer
             return worker, answer
 
         try:
-            if len(first) == WORKERS_FROM and cores > 1 and not getattr(sys, "frozen", False):
+            frozen = getattr(sys, "frozen", False)       # such a program can't run this file
+            if len(first) == WORKERS_FROM and cores > 1 and not frozen:
                 with contextlib.suppress(OSError, NameError, TypeError):
                     for _ in range(min(cores, MAX_WORKERS)):
                         workers.append(_start_worker())
                 yield getattr(self, job)(first.pop(0))   # while they start
                 with LOCK:
-                    cache = (list(self._number), self._ids, self._begin, self._many)
+                    cache = (list(self._number), self._ids, self._begin)
                 state = pickle.dumps((self.pattern, self._byte_ids, self.merges, self._made,
                                       self._bytes, cache if job == "_encode" else None))
                 for worker in workers:
@@ -680,10 +678,9 @@ class BPE:
                 raise wrong(f"{twice!r} stands there twice")
             return found
 
-        with open(path, "rb") as file:
-            raw = file.read()
         try:
-            data = json.loads(raw.decode(), object_pairs_hook=once)
+            with open(path, encoding="utf-8") as file:
+                data = json.load(file, object_pairs_hook=once)
             model = data["model"]
             vocab, merges = model["vocab"], model["merges"]
             special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
@@ -733,8 +730,8 @@ class BPE:
                      if i not in special.values() and b"\xff" not in token}
             words = Words(list(whole.values()), bpe._byte_ids)
             bpe._ready.encode(words)
-            ids, _, many = words.results()
-            if (many != 1).any() or ids.tolist() != list(whole):
+            ids, begin = words.results()
+            if (np.diff(begin) != 1).any() or ids.tolist() != list(whole):
                 raise wrong("its model's ignore_merges changes ids, which isn't supported")
         return bpe
 

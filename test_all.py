@@ -11,12 +11,14 @@ import contextlib
 import copy
 import csv
 import doctest
+import gc
 import importlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -29,6 +31,7 @@ import textwrap
 import time
 import unicodedata
 import unittest
+import weakref
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -2213,6 +2216,8 @@ class TestBPE(unittest.TestCase):
         self.assertFalse(bpe._split.cuttable)
         self.assertEqual(bpe.merges, self.fit_in_one_piece(r"\S+ \S+|\s+|\S+", 300, text).merges)
         self.assertTrue(all(Splitter(pattern).cuttable for pattern in PATTERNS))
+        for joined in (r" ?\p{L}+(?:[.]\p{L}+)*|", r"(?:\p{L}+[。]){3}|"):  # over a sign
+            self.assertFalse(Splitter(joined + GPT2_PATTERN).cuttable)
 
     def fit_in_one_piece(self, pattern, size, text):
         with mock.patch.multiple(bpe_file, PIECE=10**9, BATCH=10**9):
@@ -2617,7 +2622,7 @@ class TestBPE(unittest.TestCase):
             broken(lambda d: d["model"].update(merges=5)): "BPE",
             broken(lambda d: d["model"]["merges"].append(["~", "~"])): "isn't in the vocabulary",
             broken(lambda d: d["model"]["merges"].append(d["model"]["merges"][0])): "twice",
-            broken(lambda d: d["model"]["merges"].reverse()): "before|later",
+            broken(lambda d: d["model"]["merges"].reverse()): "only merge",
             broken(lambda d: d["added_tokens"][0].update(id=5)): "id",
             broken(lambda d: d["model"].update(type="Unigram")): "Unigram",
             broken(lambda d: d.update(model=7)): "BPE",
@@ -2732,6 +2737,43 @@ class TestBPE(unittest.TestCase):
             )
             self.assertLess(len(bpe._number), len(bpe._bytes) + 100)
 
+    def test_forgotten_words_are_freed(self):
+        bpe = self.trained()
+        word = type("Word", (str,), {})("new")  # can be watched, as a plain str can't
+        bpe.encode("old")
+        bpe._number[word]
+        old = weakref.ref(word)
+        del word
+        gc.disable()
+        self.addCleanup(gc.enable)
+        bpe._forget()
+        self.assertIsNone(old())
+        for twin in (copy.deepcopy(bpe), pickle.loads(pickle.dumps(bpe))):
+            self.assertEqual(twin.encode("other words"), bpe.encode("other words"))
+
+    def test_interrupted_memory_stays_right(self):
+        bpe = self.trained()
+        text = english(self.rng, 300) + random_text(self.rng, 500)
+        want = bpe.encode(text)
+        append = np.append
+        for stop in itertools.count(1):  # at the first, second ... array that is made longer
+            bpe._forget()
+            calls = itertools.count(1)
+
+            def stopped(*arguments, calls=calls, stop=stop):
+                if next(calls) == stop:
+                    raise MemoryError
+                return append(*arguments)
+
+            with mock.patch.object(np, "append", stopped):
+                try:
+                    bpe.encode(text)
+                    break
+                except MemoryError:
+                    pass
+            self.assertEqual(bpe.encode("aa bb cc" + text), bpe.encode("aa bb cc") + want)
+        self.assertGreater(stop, 3)
+
     # --- files
 
     def test_save_and_load(self):
@@ -2755,6 +2797,14 @@ class TestBPE(unittest.TestCase):
             (self.folder / "a.json").read_bytes().decode("utf-8")
         with self.assertRaisesRegex(ValueError, "special"):
             BPE(257, special_tokens=["a"]).save(self.folder / "c.json")
+
+    def test_highest_ids(self):
+        path = self.folder / "t.json"
+        BPE(258).fit("low lower lowest").save(path)
+        data = json.loads(path.read_text("utf-8"))
+        data["model"]["vocab"]["o"] = top = 2**31 - 1
+        path.write_text(json.dumps(data), "utf-8")
+        self.assertEqual(BPE.load(path).encode("slow oo"), [115, 257, 32, top, top])
 
     def test_write_is_atomic(self):
         path = self.folder / "t.json"
@@ -2894,14 +2944,15 @@ class TestBPE(unittest.TestCase):
                 [sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
 
-        def noisy():
-            return subprocess.Popen(
-                [sys.executable, "-c", "print('hello')"],
+        def noisy(says):
+            return lambda: subprocess.Popen(
+                [sys.executable, "-c", f"print({says!r})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
 
-        for broken in (mock.Mock(side_effect=OSError), dead, noisy):
+        loud = map(noisy, ("hello", "Info: x", "coverage on"))  # to pickle: other errors each
+        for broken in (mock.Mock(side_effect=OSError), dead, *loud):
             with (
                 mock.patch.object(bpe_file, "_start_worker", broken),
                 mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True),

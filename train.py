@@ -333,7 +333,7 @@ def join_group(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     # DistributedDataParallel imports this; imported with a group, its functions hold the group for
     # good, and its threads, still there when Python ends, at times abort the process.
-    import torch.distributed.nn  # noqa: F401
+    from torch.distributed.nn import functional  # noqa: F401
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
     return dist.get_rank(), ranks
