@@ -55,7 +55,7 @@ GPT4_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}""
 
 PIECE = 1 << 15        # characters split at a time (few: most pieces are pure ASCII, and faster)
 BATCH = 1 << 21        # characters that a worker gets at a time
-WORKERS_FROM = 3       # batches; for fewer, starting processes (0.15 s) costs more than it brings
+WORKERS_FROM = 3       # batches; for fewer, starting processes (0.1 s) costs more than it brings
 MAX_WORKERS = 8        # more than one process can feed
 READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses small blocks better)
 CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
@@ -255,7 +255,7 @@ def learn(words: Words, counts: np.ndarray, num_merges: int) -> Iterator[tuple[i
         push(waiting[count], (left, right, at))
 
     def wait_all(pair: np.ndarray, at: np.ndarray, split) -> None:
-        """pair (n,) is sorted, pair[i] begins at the place at[i]."""
+        """Lets new pairs wait: pair (n,) is sorted, pair[i] begins at the place at[i]."""
         begin = np.concatenate(([0], (pair[1:] != pair[:-1]).nonzero()[0] + 1))
         count = np.add.reduceat(weight[at], begin).tolist()
         kind, begin = pair[begin].tolist(), begin.tolist()

@@ -149,7 +149,8 @@ def main() -> None:
     if ranks > 1:
         dist.destroy_process_group()
     if rank == 0 and (not rows or int(rows[-1]["step"]) < MAX_STEPS):
-        print(f"\nstopped; everything is in {checkpoint}. Go on: python train.py")
+        how = "python train.py" if ranks == 1 else "the same torchrun command"
+        print(f"\nstopped; everything is in {checkpoint}. Go on: {how}")
         sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
     if rank == 0:
         draw_losses(out, rows)
