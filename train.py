@@ -8,6 +8,7 @@ run it again and it resumes. On several processes: torchrun --nproc_per_node=2 t
 import ast
 import csv
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -22,6 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from importlib.machinery import ModuleSpec
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import numpy as np
@@ -152,15 +155,17 @@ def check_constants() -> dict:
         raise ValueError(f"OUT_DIR={OUT_DIR!r}: give the path of a folder")
     if BATCH_SIZE % RANKS:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {RANKS} processes: pick a multiple of that")
-    names = [name.id for node in constants(SOURCE) for name in ast.walk(node)
-             if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+    names = [node.id for node in ast.walk(ast.parse(CONSTANTS.search(SOURCE)[0]))
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     return {name: json.loads(json.dumps(globals()[name], default=in_words)) for name in names
             if name not in ("DATA_FILE", "OUT_DIR", "RESUME") and not name.startswith("LOG_")}
 
 
 def in_words(value: object) -> str:
-    """What JSON doesn't know; a function by its name, its body belongs to the code."""
-    return getattr(value, "__qualname__", str(value))
+    """A constant that JSON doesn't know: a function is its source."""
+    with suppress(TypeError, OSError):
+        return inspect.getsource(value)
+    return str(value)
 
 
 # ------------------------------------------------------------------ the text
@@ -199,14 +204,6 @@ def blocks(document: Path | bytes, start: int = 0) -> Iterator[bytes]:
             yield block
 
 
-def text_of(document: Path | bytes, start: int, stop: int) -> Iterator[str]:
-    """The text of bytes start … stop of a document, in pieces. ValueError if it isn't UTF-8."""
-    if isinstance(document, bytes):
-        yield document[start:stop].decode()
-    else:
-        yield from read_text(document, start, stop)
-
-
 def sha256(*documents: Path | bytes) -> str:
     """The same for the same bytes, wherever the files lie."""
     digest = hashlib.sha256()
@@ -240,7 +237,8 @@ def pieces(documents: list[Path] | list[bytes], start: int, stop: int,
     for document in documents:
         first, last = max(start - before, 0), min(stop - before, size(document))
         if first < last:
-            yield from text_of(document, first, last)
+            yield from (read_text(document, first, last) if isinstance(document, Path) else
+                        [document[first:last].decode()])
             if end_token is not None and before + last < stop:
                 yield end_token
         before += size(document)
@@ -261,42 +259,28 @@ def how_texts_begin(train_ids: np.ndarray, bpe: BPE) -> list[int]:
 
 FILE = Path(globals().get("__file__", "train.py")).resolve()  # a notebook's cell has no __file__
 SOURCE = FILE.read_bytes()
+CONSTANTS = re.compile(rb"(?ms)^# -{50,}\r?$.*?^# -{50,}\r?$")
 
 
 def scripts() -> dict[str, bytes]:
-    """This script and what it imports from its folder, however indirectly: sources by file name, as
-    they were when they were imported."""
-    found, todo = {}, [FILE.stem]
-    while todo:
-        name = todo.pop()
-        path = FILE.parent / (name.replace(".", "/") + ".py")
-        file = path.relative_to(FILE.parent).as_posix()
-        if file in found or not path.is_file():
-            continue
-        # A notebook keeps a module while its file is edited; a reload makes a new spec.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        found[file] = SOURCE if path == FILE else path.read_bytes() if spec is None else (
-            vars(spec).setdefault("source_as_imported", path.read_bytes()))
-        for node in ast.walk(ast.parse(found[file])):
-            if isinstance(node, ast.ImportFrom):
-                todo += [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
-            elif isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
+    """The sources of this script and of all modules from its folder that it imports, or they
+    import, by file name, as they were when they were imported."""
+    finder = ModuleFinder([str(FILE.parent)])
+    finder.run_script(str(FILE))
+    found = {FILE.name: SOURCE}
+    for name, module in finder.modules.items():
+        path = Path(module.__file__ or "")
+        if path.suffix == ".py" and path != FILE:
+            # A notebook keeps a module while its file is edited; a reload makes a new spec.
+            kept = vars(getattr(sys.modules.get(name), "__spec__", None) or ModuleSpec(name, None))
+            found[path.relative_to(FILE.parent).as_posix()] = kept.setdefault(
+                "source_as_imported", path.read_bytes())
     return found
 
 
-def constants(source: bytes) -> list[ast.stmt]:
-    """The assignments between the first two rules of a script; a function among them is code."""
-    rules = [n for n, line in enumerate(source.splitlines(), 1) if re.fullmatch(b"# -{50,}", line)]
-    return [node for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))
-            and rules[:1] < [node.lineno] < rules[1:2]
-            and not any(isinstance(part, ast.Lambda) for part in ast.walk(node))]
-
-
 def meaning(source: bytes) -> str:
-    """The syntax tree of a script, without constants, comments and docstrings."""
-    tree, skip = ast.parse(source), [node.lineno for node in constants(source)]
-    tree.body = [node for node in tree.body if node.lineno not in skip]
+    """The syntax tree of a script, without the block of constants, comments and docstrings."""
+    tree = ast.parse(CONSTANTS.sub(b"", source, count=1))
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [line for line in node.body if not (
@@ -561,8 +545,8 @@ def describe(model: GPT, how: str, ready: dict, train_tokens: int, valid_tokens:
         say(f"Most of the text is never read; one pass takes MAX_STEPS = {train_tokens // step:,}. "
             f"With so much text a larger model pays, too (EMB_SIZE, NUM_LAYERS, VOCAB_SIZE).")
     if ready["step"]:
-        say(f"resuming after step {ready['step']} of {MAX_STEPS}" + (
-            f"; it began on {ready['device']}" if ready["device"] != model.device.type else ""))
+        began = f"; it began on {ready['device']}" * (ready["device"] != model.device.type)
+        say(f"resuming after step {ready['step']} of {MAX_STEPS}{began}")
 
 
 def log(row: dict) -> None:
