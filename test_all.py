@@ -1990,13 +1990,11 @@ class TestRunFolder(Copies):
                     seen.append(caught.exception)
                 self.write("second.py", self.child_code(SEED=2))
                 seen.append(self.python("second.py", code=1))
-                seen.append(self.train(OUT_DIR="other", MAX_STEPS=1))
 
         self.train(OUT_DIR="whole")
         with register_optimizer_step_pre_hook(second):
             printed = self.train()
         self.assertIn("is in use", seen[3])
-        self.assertIn("best validation loss", seen[4])
         self.assertSameRun("whole", "out")
         self.assertIn("step 12 of 12", printed)
         self.assertIn("finished", self.train())  # free again
@@ -2093,7 +2091,8 @@ class TestRunFolder(Copies):
             self.train(MAX_STEPS=8)
         self.assertEqual([row["step"] for row in self.rows()], ["4", "8"])
         self.assertIn("step 8", self.train())
-        self.assertSame(*(self.saved(f"{one}/checkpoint.pt")["weights"] for one in ("whole", "out")))
+        one, two = (self.saved(f"{out}/checkpoint.pt")["weights"] for out in ("whole", "out"))
+        self.assertSame(one, two)
         self.assertTrue(self.sample())
 
     def test_folders_that_stay_where_they_are(self):
@@ -2302,7 +2301,7 @@ class TestPlaces(Copies):
         for n in range(30):
             self.write(f"{n}.txt", line() + " " + " ".join(line().lower() for _ in range(15)))
         self.write("one.txt", "Zebra " + " ".join(random.choices(WORDS, k=1500)))
-        more = dict(MAX_STEPS=60, EVAL_EVERY=60, LEARNING_RATE=2e-2, DROPOUT=0.0, ACCUMULATE=1)
+        more = dict(MAX_STEPS=100, EVAL_EVERY=100, DROPOUT=0.0, BATCH_SIZE=16, ACCUMULATE=1)
         for out, files in (("lines", "lines.txt"), ("many", [f"{n}.txt" for n in range(30)])):
             self.train(DATA_FILE=files, OUT_DIR=out, **more)
             letters = self.first_letters(OUT_DIR=out)

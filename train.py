@@ -278,6 +278,9 @@ def scripts() -> dict[str, bytes]:
     return found
 
 
+scripts()  # remembers them
+
+
 def meaning(source: bytes) -> str:
     """The syntax tree of a script, without the block of constants, comments and docstrings."""
     tree = ast.parse(CONSTANTS.sub(b"", source, count=1))
@@ -343,7 +346,11 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
             out.mkdir()
             lock(out, locks)
             new = aside / new.name
+        if other_ids := (new / "train.npy").exists():
+            (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids are of
         shutil.copytree(new, out, copy_function=os.replace, dirs_exist_ok=True)
+        if other_ids:
+            (out / "text.sha256").write_text(settings["DATA"])
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return {"settings": settings, "code": code, "rows": rows,
@@ -402,14 +409,12 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
             out / "text.sha256").read_text() == data:
         return
     bpe = BPE.load((out if saved else new) / "tokenizer.json")
-    (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids are of
     tokens = [bpe.encode_file(pieces(documents, start, stop, bpe.special_tokens[END]), new / name)
               for name, start, stop in (("train.npy", 0, split), ("valid.npy", split, total))]
     if min(tokens) < MAX_SEQ_LEN + 1:
         raise ValueError(
             f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window takes "
             f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller MAX_SEQ_LEN")
-    (new / "text.sha256").write_text(data)
 
 
 def lock(folder: Path, locks: ExitStack) -> None:
