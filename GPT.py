@@ -265,6 +265,14 @@ class GPT(nn.Module):
         self.stop_training = False
         return run["train_losses"], run["valid_losses"]
 
+    def make_optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        """What fit trains with; override or edit it for another one."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]  # biases and norms: no decay
+        return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                                  {"params": vectors, "weight_decay": 0.0}], lr=learning_rate,
+                                 betas=(0.9, 0.95), fused=self.device.type in ("cpu", "cuda"))
+
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
@@ -407,12 +415,7 @@ class _Training:
         self.rank, self.ranks = ((dist.get_rank(), dist.get_world_size())
                                  if dist.is_available() and dist.is_initialized() else (0, 1))
         self.net: nn.Module | None = None  # what a step calls: see start
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and norms: no decay
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay},
-             {"params": vectors, "weight_decay": 0.0}],
-            lr=learning_rate, betas=(0.9, 0.95), fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = model.make_optimizer(learning_rate, weight_decay)
         # all that counts for going on, in plain values
         self.run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0,
                     "loss_steps": 0, "train_losses": [], "valid_losses": [],
