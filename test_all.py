@@ -286,18 +286,6 @@ class TestAttention(Case):
         for a, b in zip(*grads, strict=True):
             self.assertClose(a, b)
 
-    def test_one_head_by_hand(self):
-        head = HeadAttention(emb_size=6, head_size=4, max_seq_len=8)
-        x = torch.randn(2, 5, 6)
-        out = head(x)
-        Wq, Wk, Wv = head.qkv.weight.chunk(3)
-        bq, bk, bv = head.qkv.bias.chunk(3)
-        for b, t in itertools.product(range(2), range(5)):  # the definition, one token at a time
-            q = Wq @ x[b, t] + bq
-            scores = torch.stack([q @ (Wk @ x[b, s] + bk) / 4**0.5 for s in range(t + 1)])
-            expected = sum(p * (Wv @ x[b, s] + bv) for s, p in enumerate(scores.softmax(0)))
-            self.assertClose(out[b, t], expected)
-
     def test_heads_batched_equal_heads_one_by_one(self):
         H, E, D = 3, 10, 4  # H·D need not equal E
         many = MultiHeadAttention(H, E, D, 8, dropout=0.0)
@@ -721,15 +709,6 @@ class TestGPTFit(Case):
         losses = model.fit(batches, valid or counting_batches(2), epochs, lr, **options)
         return model, losses
 
-    def test_overfits_one_batch(self):
-        torch.manual_seed(3)
-        batch = torch.randint(40, (4, 9))
-        model = GPT(40, 8, 32, 4, 8, 2, dropout=0.0)
-        self.fit([(batch[:, :-1], batch[:, 1:])], epochs=300, lr=1e-2, model=model,
-                 weight_decay=0.0)
-        logits = model(batch[:, :-1])
-        self.assertLess(F.cross_entropy(logits[:, 1:].flatten(0, 1), batch[:, 2:].flatten()), 0.05)
-
     def test_twelve_layers_learn(self):
         # the second half of a row repeats the first: who finds out needs 1.7 nats, not 3.7
         torch.manual_seed(1)
@@ -916,23 +895,20 @@ class TestGPTFit(Case):
             return run
 
         results = []
-        for broken in (no_compiler, fails_backwards, None):
+        for broken, reason in ((None, ""), (no_compiler, "no compiler"),
+                               (fails_backwards, "no way back")):
             torch.manual_seed(0)
             model, out = tiny_gpt(dropout=0.2), io.StringIO()
-            with (mock.patch("torch.compile", broken) if broken else contextlib.nullcontext(),
-                  contextlib.redirect_stdout(out)):
+            with mock.patch("torch.compile", broken), contextlib.redirect_stdout(out):
                 results.append(self.fit(counting_batches(3), model=model, compile=bool(broken))[1])
             self.assertEqual(out.getvalue().count("\n"), int(bool(broken)))
-            reason = {no_compiler: "no compiler", fails_backwards: "no way back", None: ""}[broken]
             self.assertIn(reason, out.getvalue())
-        self.assertEqual(results[0], results[2])  # the failed try left no trace
-        self.assertEqual(results[1], results[2])
+            self.assertEqual(results[0], results[-1])  # the failed try left no trace
 
     def test_compiled_weights_have_plain_names(self):
         compile = torch.compile
         with mock.patch("torch.compile", lambda net, **_: compile(net, backend="eager")):
-            model, losses = self.fit(counting_batches(2), model=tiny_gpt(), checkpoint="c.pt",
-                                     compile=True)
+            model, _ = self.fit(counting_batches(2), checkpoint="c.pt", compile=True)
         model.save("m.pt")
         for path in ("c.pt", "m.pt"):
             self.assertEqual(read_file(path)["weights"].keys(), tiny_gpt().state_dict().keys())
@@ -1193,11 +1169,6 @@ class TestGPTCheckpoint(Case):
         loaded.save("m2.pt")
         GPT.load(Path("m2.pt"))
 
-    def test_fresh_process_reads_it(self):
-        self.train("c.pt")
-        self.python("-c", "from GPT import GPT; import torch; m = GPT.load('c.pt');"
-                          "print(m.generate(torch.tensor([[1, 2]]), 3, False))")
-
     def test_broken_files(self):
         tiny_gpt().save("good.pt")
         good = Path("good.pt").read_bytes()
@@ -1300,7 +1271,7 @@ class TestGPTCheckpoint(Case):
         self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
 
     def test_killed_at_any_moment_of_a_save(self):
-        tiny_gpt().save("m.pt")
+        self.train("m.pt", steps=1)  # a fresh process reads a checkpoint as well
         code = ("from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
                 "while True: m.save('m.pt')")
         for _ in range(3):
