@@ -549,10 +549,12 @@ class TestGPTGenerate(Case):
             self.assertEqual(row, expected[: len(row)])
         alone = model.generate(x[:1], 12, False, stop_token=stop)  # nobody left: it ends
         self.assertEqual(alone.shape[1], free[0].tolist().index(stop, 1) + 1)
-        prompt = torch.cat([torch.tensor([[stop]]), x[:1]], 1)  # in the prompt it doesn't stop
-        expected = model.generate(prompt, 3, False)
-        if stop not in expected[0, 2:]:
-            self.assertTrue(torch.equal(model.generate(prompt, 3, False, stop_token=stop), expected))
+        for first in range(5):  # in the prompt it doesn't stop
+            prompt = torch.tensor([[first, 3]])
+            free = model.generate(prompt, 3, False)
+            if first not in free[0, 2:]:
+                ended = model.generate(prompt, 3, False, stop_token=first)
+                self.assertTrue(torch.equal(ended, free))
 
     def test_rows_are_independent(self):
         model = tiny_gpt().eval()
