@@ -542,13 +542,13 @@ class TestGPTGenerate(Case):
         free = model.generate(x, 12, False)
         stop = free[0, 4].item()  # what row 0 says in its fourth step
         ended = model.generate(x, 12, False, stop_token=stop)
-        for row, expected in zip(ended.tolist(), free.tolist(), strict=True):
-            if stop in expected[1:]:
-                end = expected.index(stop, 1)
-                expected = expected[: end + 1] + [stop] * 99
-            self.assertEqual(row, expected[: len(row)])
-        alone = model.generate(x[:1], 12, False, stop_token=stop)  # nobody left: it ends
-        self.assertEqual(alone.shape[1], free[0].tolist().index(stop, 1) + 1)
+        ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free.tolist()]
+        self.assertNotEqual(min(ends), max(ends))
+        self.assertEqual(ended.shape[1], max(ends) + 1)  # when nobody is left it ends
+        for row, expected, end in zip(ended.tolist(), free.tolist(), ends, strict=True):
+            self.assertEqual(row, expected[: end + 1] + [stop] * (max(ends) - end))
+        alone = model.generate(x[:1], 12, False, stop_token=stop)
+        self.assertEqual(alone.shape[1], ends[0] + 1)
         for first in range(5):  # in the prompt it doesn't stop
             prompt = torch.tensor([[first, 3]])
             free = model.generate(prompt, 3, False)
