@@ -14,6 +14,8 @@ Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H 
 D head_size, V vocab_size.
 """
 
+from numbers import Integral, Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,12 +86,11 @@ class HeadAttention(nn.Module):
 
     def __init__(self, emb_size: int, head_size: int, max_seq_len: int, num_heads: int = 1):
         super().__init__()
-        for name, size in (("emb_size", emb_size), ("head_size", head_size),
-                           ("max_seq_len", max_seq_len), ("num_heads", num_heads)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r}: pick a whole number, 1 or more")
-        self.num_heads, self.head_size, self.max_seq_len = num_heads, head_size, max_seq_len
-        self.qkv = nn.Linear(emb_size, 3 * num_heads * head_size)  # query, key, value in one go
+        self.num_heads = whole_number("num_heads", num_heads)
+        self.head_size = whole_number("head_size", head_size)
+        self.max_seq_len = whole_number("max_seq_len", max_seq_len)
+        emb_size = whole_number("emb_size", emb_size)
+        self.qkv = nn.Linear(emb_size, 3 * self.num_heads * self.head_size)  # Q, K, V in one go
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, H·D). With a cache: x are the T tokens after the cached ones.
@@ -139,7 +140,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, num_heads: int, emb_size: int, head_size: int, max_seq_len: int,
                  dropout: float = 0.1):
         super().__init__()
-        if not 0 <= dropout < 1:
+        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
             raise ValueError(f"dropout={dropout!r}: pick a share from 0 up to, not including, 1")
         self.heads = HeadAttention(emb_size, head_size, max_seq_len, num_heads)
         self.linear = nn.Linear(num_heads * head_size, emb_size)
@@ -157,6 +158,13 @@ class MultiHeadAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Who looks at whom: (B, T, E) -> (B, H, T, T)."""
         return self.heads.weights(x)
+
+
+def whole_number(name: str, value: int) -> int:
+    """The value as an int. ValueError, naming it, unless it is a whole number, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}: pick a whole number, 1 or more")
+    return int(value)  # numpy's whole numbers are Integral, too
 
 
 def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) -> None:
@@ -188,31 +196,8 @@ def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) ->
     print(f"drawn: {path}")
 
 
-def draw_trained(out: str, sentence: str, path: str) -> None:
-    """Of the model in the folder `out`, draw the layer that chooses most sharply in a sentence."""
-    from pathlib import Path
-
-    from BPE import BPE
-    from GPT import GPT
-
-    model, bpe = GPT.load(f"{out}/model.pt"), BPE.load(f"{out}/tokenizer.json")
-    ids = bpe.encode(sentence)[: model.sizes["max_seq_len"]]
-    layers = []
-    with torch.no_grad():
-        h = model.token_embeddings(torch.tensor([ids])) + model.positional_embeddings(len(ids))
-        for decoder in model.decoders:
-            layers.append(decoder.attention.weights(h)[0])  # (1, T, E) -> (H, T, T)
-            h = decoder(h)
-    sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
-    Path(path).parent.mkdir(exist_ok=True)
-    title = f"Layer {sharpest + 1} of {len(layers)}: how much a token (row) looks at each (column)"
-    draw_attention(layers[sharpest], bpe.show(sentence).split("|")[: len(ids)], path, title)
-
-
 def demo() -> None:
-    """Print who looks at whom in a sentence; draw the heads of a trained model if there is one."""
-    from pathlib import Path
-
+    """Print who looks at whom in a sentence."""
     words = ["the", "cat", "and", "the", "dog", "and", "the", "bird"]
     names = sorted(set(words))
     x = 2.5 * torch.eye(len(names))[[names.index(word) for word in words]]  # (T, D), one-hot
@@ -222,12 +207,8 @@ def demo() -> None:
     print("      " + "".join(f"{word:>6}" for word in words))
     for t, (word, row) in enumerate(zip(words, weights, strict=True)):
         print(f"{word:>6}" + "".join(f"{100 * w:6.0f}" for w in row[: t + 1]))
-    print("\nA trained head makes its queries and keys from x with the matrices that it learned.")
-    if Path("out/model.pt").exists() and Path("out/tokenizer.json").exists():
-        draw_trained("out", "If the condition is false, the else clause is executed.",
-                     "out/attention.png")
-    else:
-        print("python train.py trains some; run this again then, and it draws them.")
+    print("\nA trained head makes its queries and keys from x with the matrices that it learned;\n"
+          "sample.py draws them: set PICTURES = True there.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H 
 D head_size, V vocab_size.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,8 @@ class TokenEmbeddings(nn.Module):
 
     def __init__(self, vocab_size: int, emb_size: int):
         super().__init__()
-        _check_sizes(vocab_size=vocab_size, emb_size=emb_size)
-        self.embedding = nn.Embedding(vocab_size, emb_size)
+        self.embedding = nn.Embedding(whole_number("vocab_size", vocab_size),
+                                      whole_number("emb_size", emb_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """ids (B, T), int64 or int32 -> vectors (B, T, E). ValueError for ids outside of 0 … V-1.
@@ -38,11 +40,9 @@ class TokenEmbeddings(nn.Module):
             raise ValueError(f"ids of dtype {x.dtype}: token ids are whole numbers; use x.long()")
         try:
             return self.embedding(x)  # (B, T) -> (B, T, E)
-        except IndexError:  # costs nothing while all is well; on a GPU fit and generate check first
-            raise ValueError(
-                f"ids from {x.min()} to {x.max()}, but the vocabulary has the ids 0 to "
-                f"{self.embedding.num_embeddings - 1}: encode with the model's own tokenizer"
-            ) from None
+        except IndexError:  # costs nothing while all is well; on a GPU check_ids has to come first
+            check_ids(x, self.embedding.num_embeddings)
+            raise
 
 
 class PositionalEmbeddings(nn.Module):
@@ -54,8 +54,8 @@ class PositionalEmbeddings(nn.Module):
 
     def __init__(self, max_seq_len: int, emb_size: int):
         super().__init__()
-        _check_sizes(max_seq_len=max_seq_len, emb_size=emb_size)
-        self.embedding = nn.Embedding(max_seq_len, emb_size)
+        self.embedding = nn.Embedding(whole_number("max_seq_len", max_seq_len),
+                                      whole_number("emb_size", emb_size))
 
     def forward(self, seq_len: int, start: int = 0) -> Tensor:
         """The vectors of the positions start … start+seq_len-1: (T, E).
@@ -75,10 +75,25 @@ class PositionalEmbeddings(nn.Module):
         return self.embedding.weight[start : start + seq_len]  # rows of a table: (T, E)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name}={size!r}: pick a whole number, 1 or more")
+def whole_number(name: str, value: int, at_least: int = 1) -> int:
+    """The value as an int. ValueError, naming it, unless it is a whole number, at_least or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"{name}={value!r}: pick a whole number, {at_least} or more")
+    return int(value)  # numpy's whole numbers are Integral, too
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """The ids as int64. ValueError for no ids, and for ids that the vocabulary doesn't have."""
+    if ids.numel() == 0:
+        raise ValueError(f"a batch of shape {tuple(ids.shape)}: there must be a token in it")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids of dtype {ids.dtype}: token ids are whole numbers; use x.long()")
+    ids = ids.long()
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"id {low if low < 0 else high}: the vocabulary has the ids 0 to "
+                         f"{vocab_size - 1}; encode the text with the model's own tokenizer")
+    return ids
 
 
 def draw_similarity(vectors: Tensor, path: str) -> None:
@@ -99,9 +114,7 @@ def draw_similarity(vectors: Tensor, path: str) -> None:
 
 
 def demo() -> None:
-    """Print two tiny tables and their sum; draw the positions of a trained model if it is there."""
-    from pathlib import Path
-
+    """Print two tiny tables and their sum."""
     torch.manual_seed(0)
     tokens, positions = TokenEmbeddings(5, 3), PositionalEmbeddings(4, 3)
     x = torch.tensor([[2, 4, 2]])
@@ -110,11 +123,7 @@ def demo() -> None:
         rows = ["[" + " ".join(f"{v:5.2f}" for v in row) + "]"
                 for row in (token, position, token + position)]
         print(f"id {x[0, t]} at {t}:  {rows[0]} + {rows[1]} = {rows[2]}")
-    print("\nThe id 2 stands there twice: the same token vector, but not the same sum.")
-    trained = Path("out/model.pt")
-    if trained.exists():
-        weights = torch.load(trained, map_location="cpu", weights_only=True)["weights"]
-        draw_similarity(weights["positional_embeddings.embedding.weight"], "out/positions.png")
+    print("\nThe id 2 appears twice: the same token vector, but not the same sum.")
 
 
 if __name__ == "__main__":
