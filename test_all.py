@@ -1345,6 +1345,38 @@ class TestGetData(Case):
         grown = getrusage(RUSAGE_SELF).ru_maxrss - before
         self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
 
+    def test_a_memmap_is_pickled_as_its_place(self):
+        np.save("ids.npy", np.arange(60_000, dtype=np.uint16))
+        Path("ids.bin").write_bytes(b"head" + np.arange(9_000, dtype="<u4").tobytes())
+        for data in (np.load("ids.npy", mmap_mode="r"), np.load("ids.npy", mmap_mode="r")[777:9_000],
+                     np.load("ids.npy", mmap_mode="r")[50:][25:8_000].view(np.ndarray),
+                     np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:]):
+            dataset = GetData(data, 5, stride=3)
+            bytes_ = pickle.dumps(dataset)
+            self.assertLess(len(bytes_), 1_000)
+            again = pickle.loads(bytes_)
+            self.assertEqual(len(again), len(dataset))
+            for i in (0, 7, -1):
+                self.assertSame(again[i], dataset[i])
+        changed = np.load("ids.npy", mmap_mode="c")  # changed in memory only
+        changed[3] = 9
+        every_other = np.load("ids.npy", mmap_mode="r")[::2]
+        for data in (changed, every_other, np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
+            dataset = GetData(data, 5)
+            self.assertSame(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
+
+    def test_workers_of_a_dataloader(self):
+        np.save("ids.npy", np.arange(2_000, dtype=np.uint16))
+        dataset = GetData(np.load("ids.npy", mmap_mode="r")[11:], 8, stride=8)
+        expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
+        methods = set(torch.multiprocessing.get_all_start_methods()) & {"fork", "spawn"}
+        for method in sorted(methods):
+            loader = torch.utils.data.DataLoader(dataset, 64, num_workers=2,
+                                                 multiprocessing_context=method)
+            with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+                found = torch.cat([x for x, _ in loader])
+            self.assertTrue(torch.equal(found, expected), method)
+
     def test_dataloader_takes_it(self):
         loader = torch.utils.data.DataLoader(GetData(list(range(50)), 8), batch_size=4)
         x, y = next(iter(loader))

@@ -155,10 +155,14 @@ def check_constants() -> dict:
         raise ValueError(f"OUT_DIR={OUT_DIR!r}: give the path of a folder")
     if BATCH_SIZE % RANKS:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {RANKS} processes: pick a multiple of that")
-    names = [node.id for node in ast.walk(ast.parse(CONSTANTS.search(SOURCE)[0]))
+    if not (block := CONSTANTS.search(SOURCE)):
+        raise ValueError(f"{FILE}: put the two lines of dashes around the constants back; what "
+                         f"stands between them makes a run")
+    names = [node.id for node in ast.walk(ast.parse(block[0]))
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     return {name: json.loads(json.dumps(globals()[name], default=in_words)) for name in names
-            if name not in ("DATA_FILE", "OUT_DIR", "RESUME") and not name.startswith("LOG_")}
+            if name in globals() and name not in ("DATA_FILE", "OUT_DIR", "RESUME")
+            and not name.startswith("LOG_")}
 
 
 def in_words(value: object) -> str:
@@ -181,6 +185,8 @@ def find_documents() -> list[Path] | list[bytes]:
                              "DATA_FILE to a text file of yours") from None
         return [topics[name].encode() for name in sorted(topics)]
     one = isinstance(DATA_FILE, (str, os.PathLike))
+    if not one and not isinstance(DATA_FILE, (list, tuple)):
+        raise ValueError(f"DATA_FILE={DATA_FILE!r}: give a path, a list of paths, or None")
     files = [Path(file).resolve() for file in ([DATA_FILE] if one else DATA_FILE)]
     for file in files:
         if not file.is_file():
@@ -346,16 +352,18 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
             out.mkdir()
             lock(out, locks)
             new = aside / new.name
-        if other_ids := (new / "train.npy").exists():
+        if made := list(new.iterdir()):
             (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids are of
-        shutil.copytree(new, out, copy_function=os.replace, dirs_exist_ok=True)
-        if other_ids:
+            for path in made:
+                if path.is_dir():
+                    shutil.rmtree(out / path.name, ignore_errors=True)
+                path.replace(out / path.name)
             (out / "text.sha256").write_text(settings["DATA"])
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return {"settings": settings, "code": code, "rows": rows,
             "step": saved["run"]["step"] if saved else 0,
-            "device": saved["notes"]["device"] if saved else None,
+            "device": saved["notes"].get("device") if saved else None,
             "valid_bytes": sum(map(size, documents)) - split_point(documents)}
 
 
@@ -366,6 +374,9 @@ def decide(out: Path, settings: dict, code: dict[str, bytes]) -> tuple[dict | No
     if RESUME is False:
         return None, "RESUME = False"
     saved = read_file(out / "checkpoint.pt")
+    if "run" not in saved:
+        raise ValueError(f"{out / 'checkpoint.pt'} is a model without the state of its training: "
+                         f"put the checkpoint back, or set RESUME = False to start from scratch")
     was, files = saved["notes"].get("settings", {}), changed_code(out / "code", code)
     names = [name for name in {**settings, **was} if settings.get(name) != was.get(name)]
     what = ", ".join([*(f"other {name}: {was.get(name)} -> {settings.get(name)}" for name in names
@@ -621,7 +632,8 @@ def print_sample(out: Path, rows: list[dict]) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the training, or after it
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
