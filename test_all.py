@@ -1348,8 +1348,8 @@ class TestGetData(Case):
     def test_a_memmap_is_pickled_as_its_place(self):
         np.save("ids.npy", np.arange(60_000, dtype=np.uint16))
         Path("ids.bin").write_bytes(b"head" + np.arange(9_000, dtype="<u4").tobytes())
-        for data in (np.load("ids.npy", mmap_mode="r"), np.load("ids.npy", mmap_mode="r")[777:9_000],
-                     np.load("ids.npy", mmap_mode="r")[50:][25:8_000].view(np.ndarray),
+        ids = np.load("ids.npy", mmap_mode="r")
+        for data in (ids, ids[777:9_000], ids[50:][25:8_000].view(np.ndarray),
                      np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:]):
             dataset = GetData(data, 5, stride=3)
             bytes_ = pickle.dumps(dataset)
@@ -1360,8 +1360,7 @@ class TestGetData(Case):
                 self.assertSame(again[i], dataset[i])
         changed = np.load("ids.npy", mmap_mode="c")  # changed in memory only
         changed[3] = 9
-        every_other = np.load("ids.npy", mmap_mode="r")[::2]
-        for data in (changed, every_other, np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
+        for data in (changed, ids[::2], np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
             dataset = GetData(data, 5)
             self.assertSame(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
 

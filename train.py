@@ -287,9 +287,12 @@ def scripts() -> dict[str, bytes]:
 scripts()  # remembers them
 
 
-def meaning(source: bytes) -> str:
-    """The syntax tree of a script, without the block of constants, comments and docstrings."""
-    tree = ast.parse(CONSTANTS.sub(b"", source, count=1))
+def meaning(source: bytes, name: str) -> str:
+    """The syntax tree of a script, without comments, docstrings and the values of constants."""
+    block = CONSTANTS.search(source) if name == FILE.name else None
+    tree = ast.parse(source.replace(block[0], b"") if block else source)
+    tree.body += [node for node in ast.parse(block[0] if block else b"").body
+                  if not isinstance(node, (ast.Assign, ast.AnnAssign))]
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [line for line in node.body if not (
@@ -301,7 +304,7 @@ def changed_code(folder: Path, code: dict[str, bytes]) -> list[str]:
     """The names of the scripts that differ from those in the folder."""
     kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
     return [name for name in sorted({*kept, *code}) if not (
-        name in kept and name in code and meaning(kept[name]) == meaning(code[name]))]
+        name in kept and name in code and meaning(kept[name], name) == meaning(code[name], name))]
 
 
 def write_code(folder: Path, code: dict[str, bytes]) -> None:
