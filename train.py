@@ -59,7 +59,8 @@ WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few
                        # steps, learns with 200)
 WEIGHT_DECAY = 0.1     # pull of the weight matrices towards 0
 EVAL_EVERY = 100       # steps between validations; at most so many are lost in a power cut
-EVAL_TOKENS = 20_000   # held-out tokens that a validation reads, evenly spread; None: all of them
+EVAL_TOKENS = 18_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
+                       # the time at the values here); None: all of them
 
 SEED = 1337            # of initial weights, dropout and the order of the windows
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
@@ -333,7 +334,7 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
     if saved and saved["run"]["step"] >= MAX_STEPS:
         say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
             f"To train it longer raise MAX_STEPS; to start from scratch set RESUME = False.")
-        report(out, rows, min(saved["run"]["valid_losses"]))
+        report(out, rows, min(saved["run"]["valid_losses"], default=math.nan))
         return None
     inside = [Path.cwd(), FILE, *(file for file in documents if isinstance(file, Path))]
     if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
@@ -406,23 +407,28 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
             code: dict[str, bytes], saved: dict | None) -> None:
     """Put into `new` what the run needs and OUT_DIR lacks: tokenizer, code, ids of both parts."""
     split, total = split_point(documents), sum(map(size, documents))
-    if not saved:
+    if saved:
+        tokenizer, ids = out / "tokenizer.json", [out / "train.npy", out / "valid.npy"]
+        if not tokenizer.exists() or sha256(tokenizer) != saved["notes"].get("tokenizer_sha256"):
+            raise ValueError(f"{tokenizer} is not the tokenizer of the run in {OUT_DIR}: put it "
+                             f"back, or set RESUME = False to start from scratch")
+        text = out / "text.sha256"
+        if all(file.exists() for file in (*ids, text)) and text.read_text() == data:
+            return
+        bpe = BPE.load(tokenizer)
+    else:
         say(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} held out")
         bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
-        nul = sum(block.count(0) for document in documents for block in blocks(document))
+        nul, ends = (sum(block.count(what) for document in documents for block in blocks(document))
+                     for what in (b"\0", END.encode()))
         if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
             raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
                              f"UTF-16? Convert it: iconv -f UTF-16 -t UTF-8")
+        if ends:
+            say(f"{END} is written {ends:,} times in the text and is plain text there: to end a "
+                f"document by it, give DATA_FILE a list with a file for each document")
         bpe.save(new / "tokenizer.json")
         write_code(new / "code", code)
-    elif not (out / "tokenizer.json").exists() or (
-            sha256(out / "tokenizer.json") != saved["notes"]["tokenizer_sha256"]):
-        raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer of the run in {OUT_DIR}: "
-                         f"put it back, or set RESUME = False to start from scratch")
-    elif all((out / name).exists() for name in ("train.npy", "valid.npy", "text.sha256")) and (
-            out / "text.sha256").read_text() == data:
-        return
-    bpe = BPE.load((out if saved else new) / "tokenizer.json")
     tokens = [bpe.encode_file(pieces(documents, start, stop, bpe.special_tokens[END]), new / name)
               for name, start, stop in (("train.npy", 0, split), ("valid.npy", split, total))]
     if min(tokens) < MAX_SEQ_LEN + 1:
