@@ -1290,6 +1290,290 @@ class TestGPTCheckpoint(Case):
         self.assertFalse(Path("c.pt.tmp").exists())
 
 
+class Momentum64(torch.optim.Optimizer):
+    """An optimizer of a user's own: its state is in float64, and it counts in its group."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros(p.shape).double())
+                velocity.mul_(0.9).add_(p.grad)
+                p.data.sub_(group["lr"] / group["count"] ** 0.5 * velocity)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+    "Adagrad": lambda p, lr: torch.optim.Adagrad(p, lr),
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr / 10, centered=True),
+    "user's own": lambda p, lr: Momentum64(p, {"lr": lr, "count": 0}),
+}
+
+
+class TestGPTOptimizer(Case):
+    def train(self, make, steps=6, stop=None, lr=1e-2, checkpoint="c.pt", **options):
+        """A model of a class whose make_optimizer is `make`, the rates of each step's groups, and
+        what was printed."""
+        rates, out = [], io.StringIO()
+
+        class Own(GPT):
+            def make_optimizer(self, learning_rate, weight_decay):
+                optimizer = (make or GPT.make_optimizer)(self, learning_rate, weight_decay)
+                optimizer.register_step_pre_hook(
+                    lambda *_: rates.append([g["lr"] for g in optimizer.param_groups]))
+                return optimizer
+
+        def on_eval(metrics):
+            model.stop_training = metrics["step"] == stop
+
+        torch.manual_seed(2)
+        model = tiny_gpt(Own, dropout=options.pop("dropout", 0.1))
+        with contextlib.redirect_stdout(out):
+            model.fit(Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1), counting_batches(1), 9,
+                      lr, max_steps=steps, eval_every=1, checkpoint=checkpoint, on_eval=on_eval,
+                      **options)
+        return model, rates, out.getvalue()
+
+    def test_any_optimizer_resumes_exactly(self):
+        for name, make in OPTIMIZERS.items():
+            def own(self, learning_rate, weight_decay, make=make):
+                return make(self.parameters(), learning_rate)
+
+            for k in (2, 4):
+                self.train(own, checkpoint=f"{name} {k}.pt", stop=k)
+                _, rates, out = self.train(own, checkpoint=f"{name} {k}.pt")
+                self.assertEqual((len(rates), out), (6 - k, ""))
+            self.train(own, checkpoint=f"{name}.pt")
+            for k in (2, 4):
+                self.assertSame(read_file(f"{name}.pt"), read_file(f"{name} {k}.pt"), name)
+
+    def test_groups_keep_their_rates_in_proportion(self):
+        def own(self, learning_rate, weight_decay):
+            first, *rest = self.parameters()
+            return torch.optim.SGD([{"params": [first], "lr": learning_rate / 4}, {"params": rest}],
+                                   learning_rate)
+
+        _, rates, _ = self.train(own, checkpoint=None, warmup_steps=2)
+        for step, (quarter, whole) in enumerate(rates):
+            self.assertAlmostEqual(whole, learning_rate_at(step, 1e-2, 2, 6))
+            self.assertAlmostEqual(quarter, whole / 4)
+
+    def test_a_schedule_of_ones_own(self):
+        def triangle(step):
+            return np.float32(0.01) * min(step, 6 - step)  # begins with a rate of 0
+
+        _, rates, _ = self.train(None, lr=triangle)
+        for step, groups in enumerate(rates):
+            self.assertAlmostEqual(groups[0], triangle(step), places=8)
+        read_file("c.pt")
+        for bad in (lambda step: -step, lambda step: math.nan, lambda step: 0, lambda step: None):
+            with self.assertSays(ValueError, "learning_rate"):
+                self.train(None, lr=bad)
+
+    def test_what_differs_is_named_and_used(self):
+        def other_betas(self, learning_rate, weight_decay):
+            optimizer = GPT.make_optimizer(self, learning_rate, weight_decay)
+            optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+            return optimizer
+
+        rows = [  # what is changed, words of the one line that says so
+            (None, {"weight_decay": 0.3}, ("weight_decay of group 0 0.3", "weight_decay of group 0 0.1")),
+            (None, {"dropout": 0.0}, ("dropout 0.0", "dropout 0.1")),
+            (None, {"lr": 2e-2}, ("learning_rate 0.02", "learning_rate 0.01")),
+            (None, {"dtype": "bf16"}, ("dtype bf16", "dtype fp32")),
+            (None, {"grad_clip": 0.5}, ("grad_clip 0.5", "grad_clip 1.0")),
+            (other_betas, {}, ("betas of group 0 (0.5, 0.6)", "(0.9, 0.95)")),
+            (lambda self, lr, _: torch.optim.SGD(self.parameters(), lr), {},
+             ("SGD", "AdamW", "fresh")),
+        ]
+        self.train(None, stop=3, checkpoint="3.pt")
+        plain = shutil.copy("3.pt", "plain.pt")
+        plain = self.train(None, checkpoint=plain)[0].state_dict()
+        for make, options, words in rows:
+            path = shutil.copy("3.pt", "c.pt")
+            model, rates, out = self.train(make, checkpoint=path, **options)
+            with self.subTest(words):
+                self.assertEqual((len(rates), out.count("\n")), (3, 1), out)
+                for word in ("c.pt", *words):
+                    self.assertIn(word, out)
+                moved = [(a - b).abs().max().item() for a, b in
+                         zip(model.state_dict().values(), plain.values(), strict=True)]
+                self.assertGreater(max(moved), 1e-4)
+        torch.save(read_file("3.pt") | {"ranks": []}, "c.pt")  # of fewer ranks than now
+        self.assertEqual(len(self.train(None)[1]), 3)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.gain * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+class LoRA(nn.Module):
+    """A frozen layer and a learned low-rank change of it (Hu et al. 2021)."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features) * 0.1)
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+class WithRMSNorm(GPT):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for block in self.decoders:
+            block.norm1, block.norm2 = RMSNorm(kwargs["emb_size"]), RMSNorm(kwargs["emb_size"])
+
+
+class WithAnotherLayer(GPT):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.last_norm = nn.LayerNorm(kwargs["emb_size"])
+
+    def hidden(self, x, cache=None):
+        return self.last_norm(super().hidden(x, cache))
+
+
+class WithLoRA(GPT):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for block in self.decoders:
+            block.attention.heads.qkv = LoRA(block.attention.heads.qkv)
+        self.linear = LoRA(self.linear)
+
+
+class Tied(GPT):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.linear.weight = self.token_embeddings.embedding.weight
+
+
+class WithoutLearnedPositions(GPT):
+    """Sines of a table that isn't saved."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.positional_embeddings
+        angle = torch.arange(kwargs["max_seq_len"])[:, None] / 9 ** torch.arange(kwargs["emb_size"])
+        self.register_buffer("table", angle.sin(), persistent=False)
+        self.positional_embeddings = lambda T, start=0: self.table[start : start + T]
+
+
+class TestGPTEdited(Case):
+    """Nets that people make of this one: trained, stopped, resumed, saved, loaded, sampled from."""
+
+    def train(self, cls, path, model=None, stop=False):
+        """Four steps, or two of them."""
+        torch.manual_seed(4)
+        model = model or tiny_gpt(cls, dropout=0.1)
+        model.fit(Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1), counting_batches(1), 9,
+                  1e-2, max_steps=4, warmup_steps=0, eval_every=2, checkpoint=path,
+                  on_eval=lambda metrics: setattr(model, "stop_training", stop))
+        return model
+
+    def test_train_resume_save_load_generate(self):
+        x = torch.tensor([[1, 8], [3, 4]])
+        for cls in (WithRMSNorm, WithAnotherLayer, WithLoRA, Tied, WithoutLearnedPositions):
+            with self.subTest(cls.__name__):
+                before = tiny_gpt(cls)(x)
+                whole = self.train(cls, "whole.pt")
+                self.train(cls, "part.pt", stop=True)
+                self.train(cls, "part.pt")
+                self.assertSame(read_file("whole.pt"), read_file("part.pt"))
+                whole.save("m.pt")
+                state = torch.get_rng_state()
+                for path in ("m.pt", "whole.pt"):
+                    loaded = cls.load(path)
+                    self.assertIs(type(loaded), cls)
+                    self.assertTrue(torch.equal(loaded(x), whole.eval()(x)))
+                self.assertTrue(torch.equal(torch.get_rng_state(), state))
+                self.assertFalse(torch.allclose(loaded(x), before, atol=1e-3))
+                written = loaded.generate(x, 15, False)  # beyond max_seq_len = 12
+                self.assertTrue(torch.equal(written, loaded.generate(x, 15, False, use_cache=False)))
+                Path("whole.pt").unlink()
+                Path("part.pt").unlink()
+
+    def test_tied_stays_tied(self):
+        self.train(Tied, "c.pt").save("m.pt")
+        loaded = Tied.load("m.pt")
+        loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
+        self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
+
+    def test_a_file_of_another_class_names_what_differs(self):
+        self.train(WithAnotherLayer, "c.pt")
+        before = Path("c.pt").read_bytes()
+        model = tiny_gpt()
+        weights = copy.deepcopy(model.state_dict())
+        for call in (lambda: GPT.load("c.pt"), lambda: self.train(GPT, "c.pt", model)):
+            with self.assertSays(ValueError, "c.pt", "last_norm.weight", "(16,)", "missing"):
+                call()
+        self.assertSame(weights, model.state_dict())  # nothing half-loaded
+        self.assertEqual(before, Path("c.pt").read_bytes())
+
+    def test_what_could_not_be_read_again_is_refused(self):
+        model = tiny_gpt()
+        model.notes = {"text": "größer", "n": [1, 2.5, None, True, (1,)], "t": torch.ones(2)}
+        model.save("m.pt")
+        before = Path("m.pt").read_bytes()
+        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]}, {Path("k"): 1},
+                    type("Own", (dict,), {})(), lambda: 0):
+            model.notes = {"fine": 1, "best": bad}
+            with self.assertSays(ValueError, "notes", "best"):
+                model.save("m.pt")
+            with self.assertSays(ValueError, "notes", "best"):
+                self.train(GPT, "c.pt", model)
+        self.assertEqual((os.listdir(), before), (["m.pt"], Path("m.pt").read_bytes()))
+        self.assertEqual(GPT.load("m.pt").notes["text"], "größer")
+
+        class Odd(GPT):
+            def make_optimizer(self, learning_rate, weight_decay):
+                optimizer = super().make_optimizer(learning_rate, weight_decay)
+                optimizer.param_groups[1]["folder"] = Path("x")
+                return optimizer
+
+        with self.assertSays(ValueError, "optimizer", "folder"):
+            self.train(Odd, "c.pt")
+
+    def test_numbers_of_numpy(self):
+        sizes = {name: np.int64(size) for name, size in SIZES.items() if name != "dropout"}
+        model = GPT(**sizes, dropout=np.float32(0.1))
+        model.fit([(x % 10, y % 10) for x, y in counting_batches(4)], counting_batches(1, V=10),
+                  np.int64(1), np.float32(1e-3), max_steps=np.int32(2), warmup_steps=np.int64(1),
+                  weight_decay=np.float64(0.1), accumulate=np.uint8(2), checkpoint="c.pt")
+        model.save("m.pt")
+        x = torch.tensor([[1]])
+        ids = GPT.load("m.pt").generate(x, np.int64(3), True, np.float32(0.5), np.int64(4),
+                                        np.float32(0.9), stop_token=np.int64(3))
+        self.assertLessEqual(ids.shape[1], 4)
+        read_file("c.pt")
+
+    def test_ids_of_any_integer_type(self):
+        torch.manual_seed(1)
+        _, expected = tiny_gpt().fit(counting_batches(2), counting_batches(1), 1, 1e-3)
+        for dtype in (torch.uint16, torch.uint8, torch.int32, torch.uint32):
+            torch.manual_seed(1)
+            short = [[(x.to(dtype), y.to(dtype)) for x, y in counting_batches(n)] for n in (2, 1)]
+            self.assertEqual(tiny_gpt().fit(*short, 1, 1e-3)[1], expected)
+        for dtype in (torch.float32, torch.bool):
+            with self.assertSays(ValueError, str(dtype), "x.long()"):
+                tiny_gpt().fit([(x.to(dtype), y) for x, y in counting_batches(2)], [], 1, 1e-3)
+
+    def test_weights_too_coarse_to_train(self):
+        tiny_gpt().save("m.pt")
+        model = GPT.load("m.pt", dtype="bf16")
+        before = copy.deepcopy(model.state_dict())
+        with self.assertSays(ValueError, "bfloat16", 'dtype="fp32"'):
+            model.fit(counting_batches(2), counting_batches(1), 1, 1e-3)
+        self.assertSame(before, model.state_dict())
+
+
 class TestGetData(Case):
     def test_doctests(self):
         run_doctests(self, "GetData")
