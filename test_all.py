@@ -651,6 +651,8 @@ class TestGPTGenerate(Case):
             self.assertEqual(model.generate(x, 20, True).shape, (1, 22))
         logits = torch.full((1000, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
         self.assertEqual(next_token(logits, 0, None, None).tolist(), [0] * 1000)
+        flat = torch.zeros(4000, 1000, dtype=torch.bfloat16)  # in which 1,000 thousandths are no 1
+        self.assertLess(len(set(next_token(flat, 1.0, None, 0.5).tolist())), 502)
         large = torch.tensor([[1e38, 0.0]] * 4)
         self.assertEqual(next_token(large, 1.0, None, None).tolist(), [0] * 4)
         impossible = torch.tensor([[-math.inf, 0.0, 1.0]] * 99)
