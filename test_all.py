@@ -1568,7 +1568,7 @@ class TestTrain(RunCase):
         def spoil(optimizer, *_):
             if next(steps) == 12:  # the last one
                 for parameter in optimizer.param_groups[0]["params"]:
-                    parameter.data.mul_(-3)
+                    parameter.data.normal_()
 
         with register_optimizer_step_post_hook(spoil):
             self.train()
