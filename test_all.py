@@ -1516,7 +1516,7 @@ class RunCase(Case):
         self.assertEqual(*([{key: value for key, value in row.items() if "second" not in key}
                             for row in self.rows(folder)] for folder in (a, b)))
 
-    def refuses(self, error, pattern, call, **changes):
+    def assertRefused(self, error, pattern, call, **changes):
         with self.subTest(**changes), self.assertRaisesRegex(error, f"(?is){pattern}"):
             call(**changes)
 
@@ -1808,7 +1808,7 @@ class TestTrain(RunCase):
             (OSError, "OUT_DIR.*file", dict(OUT_DIR="file")),
             (OSError, "OUT_DIR.*file.out", dict(OUT_DIR="file/out")),
         ):
-            self.refuses(error, pattern, self.train, **changes)
+            self.assertRefused(error, pattern, self.train, **changes)
             shutil.rmtree("out", ignore_errors=True)
 
     def test_spoilt_files_are_found_before_they_are_used(self):
@@ -1933,9 +1933,9 @@ class TestSample(RunCase):
             (ValueError, "device='tpu9'", dict(DEVICE="tpu9")),
             (ValueError, "max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
         ):
-            self.refuses(error, pattern, self.sample, **changes)
+            self.assertRefused(error, pattern, self.sample, **changes)
         BPE(260, special_tokens=("<|endoftext|>",)).fit("other text").save("out/tokenizer.json")
-        self.refuses(ValueError, "tokenizer.json.*model.pt", self.sample)
+        self.assertRefused(ValueError, "tokenizer.json.*model.pt", self.sample)
 
 
 class TestFiles(Case):
