@@ -2131,7 +2131,7 @@ class TestBPE(Case):
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
         texts = [*NASTY, "".join(NASTY), "".join(map(chr, range(128))) * 2,
-                 *(any_text(rng, 99) for _ in range(20)), *(random_text(rng, 99) for _ in range(30))]
+                 *(any_text(rng, 99) for _ in range(20)), *(random_text(rng, 9) for _ in range(99))]
         patterns = [*PATTERNS, *UNCUTTABLE, r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}|\p{L}",
                     r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]"]
         for pattern in patterns:
@@ -2140,7 +2140,8 @@ class TestBPE(Case):
                 with self.subTest(pattern=pattern, text=text[:40]):
                     self.assertEqual(words_of(bpe, text), split(text))
         bpe = BPE(10**6, r"(?i:ks)+|[\s\S]")  # ſ and the sign for kelvin have ASCII's other case
-        self.assertEqual(words_of(bpe, "KsK\u017fkS\u212aS\u212a"), ["KsK\u017fkS\u212aS", "\u212a"])
+        text = "KsK\u017fkS\u212aS\u212a"
+        self.assertEqual(words_of(bpe, text), [text[:-1], "\u212a"])
 
     def test_patterns_of_ascii_mean_what_they_mean_to_re(self):
         text = random_text(self.rng, 2000, "ab1+|\n'?  ")
@@ -2306,7 +2307,7 @@ class TestBPE(Case):
     def test_threads_share_a_tokenizer(self):
         bpe = BPE(400).fit(english(self.rng, 500))
         texts = [random_text(self.rng, 1000) for _ in range(40)]
-        want = [textbook_encode(text, bpe.merges) for text in texts]
+        want = [self.cold(bpe).encode(text) for text in texts]
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
         for limit in (10, 10**6):  # words are forgotten meanwhile, or not
