@@ -2787,13 +2787,13 @@ class TestBPE(Case):
         subprocess.Popen = Process
         text = "it was the best of times, it was the worst of times é " * 4000
         bpe = BPE.BPE(270).fit(text)
-        print(len(bpe), bpe.decode(bpe.encode(text)) == text, len(started))
-        if os.name != "nt":  # ended from here or in order: no worker died of an error
-            print([worker.returncode for worker in started if worker.returncode > 0])
+        same = bpe.decode(bpe.encode(text)) == text
+        died = [worker.returncode for worker in started if worker.returncode > 0 and os.name != "nt"]
+        print(len(bpe), same, len(started), died)  # 0: ended in order; below: ended by a signal
         """)
 
     def works(self, *arguments, **options):
-        self.assertRegex(self.python(*arguments, **options), r"270 True 4\n(\[\]\n)?$")
+        self.assertIn("270 True 4 []", self.python(*arguments, **options))
         self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs the script again
 
     def test_workers_of_a_script_without_main_guard(self):
