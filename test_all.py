@@ -1962,6 +1962,7 @@ NASTY = [
     "\u200b\u200d\ufffe\U0010ffff", "a.b,c;d中文。中文，"]
 SOME = [*"  \nabeé中1½'s.\r\x85\xa0😀Ж", "\u0301"]
 MORE = [*"aB1 \n'!/.,é中。，½\t(=", "  ", "\r\n", "'s", "e\u0301", "\x85", "\u3000", "\xa0", "\x1f"]
+EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/", "!\n/a", "1,2.", "a  b"]  # for cuts
 
 
 def library(name):
@@ -2178,7 +2179,7 @@ class TestBPE(Case):
         self.workers(cores=1)
         parts = NASTY[1:] + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 5) * 40]
         for pattern in (*PATTERNS, *UNCUTTABLE):
-            some = self.rng.sample(parts, 20) + ["ab cd. ", "a.b", "a \n ", "a\n", "x\n/"]
+            some = [*EDGES, *self.rng.sample(parts, 15)]
             bpe, checked = BPE(3000, pattern).fit([part * 4 for part in some] * 2), 0
             for part in some:
                 a, b = (bpe.encode(part * n) for n in (24, 36))
@@ -2661,7 +2662,7 @@ class TestBPE(Case):
 
     def test_read_text(self):
         """Pieces are the text, and no word crosses from one to the next, whatever stands there."""
-        parts = NASTY[1:] + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 25]
+        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 20]
         borders, splits = 0, [explicit_classes(pattern) for pattern in PATTERNS]
         for part in parts:
             text = "\ufeff\r\n" + part * (600_000 // len(part.encode()))
