@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from numbers import Real
-from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -231,7 +230,7 @@ class GPT(nn.Module):
         rates = [group["lr"] for group in optimizer.param_groups]  # at the peak of the schedule
         settings = describe(self, optimizer, learning_rate=learning_rate, dtype=dtype, ranks=ranks,
                             warmup_steps=warmup_steps, grad_clip=grad_clip, accumulate=accumulate,
-                            epoch_batches=length_hint(train_loader))
+                            epoch_batches=length(train_loader))
         run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
                "train_losses": [], "valid_losses": []}  # all that counts for resuming
         if checkpoint is not None:
@@ -400,12 +399,20 @@ def make_schedule(learning_rate: float | Callable[[int], float], warmup_steps: i
     return lambda step: learning_rate_at(step, peak, warmup_steps, total_steps), peak
 
 
+def length(loader: Iterable) -> int | None:
+    """Batches in an epoch; None for a loader without a length, such as a generator."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
 def count_steps(loader: Iterable, num_epochs: int, accumulate: int, max_steps: int | None) -> int:
     """The steps of a run. ValueError for arguments out of range."""
-    num_epochs, batches = whole_number("num_epochs", num_epochs), length_hint(loader)
+    num_epochs, batches = whole_number("num_epochs", num_epochs), length(loader)
     if max_steps is not None:
         return whole_number("max_steps", max_steps)
-    if batches == 0:
+    if not batches:
         raise ValueError("the train_loader has no batch, or no length: give it more text or "
                          "smaller batches, or give max_steps")
     return num_epochs * -(-batches // accumulate)
@@ -416,9 +423,11 @@ def step_batches(loader: Iterable, epoch: int, first: int,
     """From batch `first` of an epoch on, without end: the batches of one step, and whether they
     end the epoch. No step crosses epochs; the last of an epoch may have fewer batches."""
     while True:
-        n = length_hint(loader)
-        batches = (map(loader.batch, range(epoch * n + first, (epoch + 1) * n))
-                   if hasattr(loader, "batch") else islice(loader, first, None))
+        if hasattr(loader, "batch"):
+            n = len(loader)
+            batches = map(loader.batch, range(epoch * n + first, (epoch + 1) * n))
+        else:
+            batches = islice(loader, first, None)
         following = list(islice(batches, accumulate))
         if not following:
             raise ValueError(f"no batch from the train_loader in epoch {epoch + 1}: a generator "
@@ -553,22 +562,25 @@ def describe(model: GPT, optimizer: torch.optim.Optimizer, **arguments: object) 
     settings = model.sizes | arguments
     return [f"optimizer {type(optimizer).__name__} of {' '.join(order)}",
             *(f"{key} {getattr(value, '__qualname__', value)}" for key, value in settings.items()),
-            *(line.strip() for line in repr(optimizer).splitlines() if " lr: " not in line)]
+            *(f"{key} of group {n} {value}" for n, group in enumerate(optimizer.param_groups)
+              for key, value in group.items() if key not in ("params", "lr"))]
 
 
 def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
                     settings: list[str], run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
-    random, (rank, ranks) = {"cpu": torch.get_rng_state()}, process_rank()
+    own, (rank, ranks) = {"loss_sum": run["loss_sum"], "cpu": torch.get_rng_state()}, process_rank()
     if model.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(model.device)
-    random_states = [random] * ranks
+        own["cuda"] = torch.cuda.get_rng_state(model.device)
+    of_ranks = [own] * ranks
     if ranks > 1:
-        dist.all_gather_object(random_states, random)
+        dist.all_gather_object(of_ranks, own)
     if rank == 0:
         write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "settings": settings, "run": run, "random_states": random_states})
+                          "settings": settings, "run": run, "ranks": of_ranks})
+    if ranks > 1:
+        dist.barrier()  # nobody looks for the file before it is there
 
 
 def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
@@ -582,8 +594,8 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
         return
     saved, rank = read_file(path), process_rank()[0]
     if "optimizer" not in saved:
-        raise ValueError(f"{path}: a model without its optimizer's state can't be resumed; give "
-                         f"another name as the checkpoint")
+        raise ValueError(f"{path}: a model without the state of its training, so it can't be "
+                         f"resumed; give another name as the checkpoint")
     check_weights(path, saved, model)
     was = saved["settings"]
     new, old = ([line[:80] for line in one if line not in other]
@@ -598,10 +610,11 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
     run.update(saved["run"])
     if any(line.startswith("epoch_batches") for line in new):
         run["batch"] = 0
-    for random in saved["random_states"][rank : rank + 1]:  # more ranks than before: none
-        torch.set_rng_state(random["cpu"])
-        if model.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], model.device)
+    for own in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
+        run["loss_sum"] = own["loss_sum"]
+        torch.set_rng_state(own["cpu"])
+        if model.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], model.device)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, keep_groups: bool) -> None:

@@ -419,14 +419,10 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
     else:
         say(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} held out")
         bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
-        nul, ends = (sum(block.count(what) for document in documents for block in blocks(document))
-                     for what in (b"\0", END.encode()))
+        nul = sum(block.count(0) for document in documents for block in blocks(document))
         if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
             raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
                              f"UTF-16? Convert it: iconv -f UTF-16 -t UTF-8")
-        if ends:
-            say(f"{END} is written {ends:,} times in the text and is plain text there: to end a "
-                f"document by it, give DATA_FILE a list with a file for each document")
         bpe.save(new / "tokenizer.json")
         write_code(new / "code", code)
     tokens = [bpe.encode_file(pieces(documents, start, stop, bpe.special_tokens[END]), new / name)
