@@ -10,8 +10,8 @@ window.
 Does not know: text, tokenizer, downloads. Needs: torch, numpy. Copy this file alone and it works.
 """
 
-import operator
 from collections.abc import Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -126,15 +126,11 @@ class Batches:
         return self.dataset.windows(indices)
 
 
-def whole_number(name: str, value: object) -> int:
-    """The value as an int, numpy's whole numbers included; ValueError if it isn't 1 or more."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
+def whole_number(name: str, value: int) -> int:
+    """The value as an int. ValueError, naming it, unless it is a whole number, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r}: pick a whole number, 1 or more")
-    return number
+    return int(value)  # numpy's whole numbers are Integral, too
 
 
 def shuffled(indices: np.ndarray, n: int, seed: int, key: int) -> np.ndarray:

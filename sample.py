@@ -7,11 +7,9 @@ token by token. Train first: python train.py
 import ast
 import codecs
 import hashlib
-import operator
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from Attention import draw_attention
 from BPE import BPE, draw_tokens
 from Embeddings import draw_similarity
-from GPT import GPT, pick_device
+from GPT import GPT, pick_device, whole_number
 
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
@@ -44,12 +42,7 @@ def main() -> None:
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there: run python train.py first, or set "
                                     f"OUT_DIR to the folder of a finished run")
-    try:
-        samples = operator.index(NUM_SAMPLES)
-    except TypeError:
-        samples = 0
-    if samples < 1:
-        raise ValueError(f"NUM_SAMPLES={NUM_SAMPLES!r}: pick a whole number, 1 or more")
+    samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
     tokenizer = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
@@ -112,32 +105,29 @@ def changed_code(folder: Path) -> list[str]:
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
     """Draw the tokens, the layer with the sharpest attention to them, and the positions."""
     ids = ids[: min(48, model.sizes["max_seq_len"])]  # more can't be read
-    labels = [bpe.show([i]) for i in ids]
+    labels, layers = [bpe.show([i]) for i in ids], []  # of layers: weights (H, T, T)
 
     def attention() -> None:
-        layers = []  # (H, T, T) each
-        hooks = [decoder.attention.register_forward_pre_hook(
-            lambda module, inputs: layers.append(module.weights(inputs[0])[0].cpu()))
-            for decoder in model.decoders]
+        hooks = [decoder.attention.register_forward_pre_hook(lambda module, inputs: layers.append(
+            module.weights(inputs[0])[0].cpu())) for decoder in model.decoders]
         with torch.no_grad():
             model.hidden(torch.tensor([ids], device=model.device))
         for hook in hooks:
             hook.remove()
         sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
         draw_attention(layers[sharpest], labels, str(out / "attention.png"),
-                       f"Layer {sharpest + 1} of {len(layers)}, the sharpest. Row: a token; "
-                       f"columns: what it attends to")
+                       f"Layer {sharpest + 1} of {len(layers)}, the one with the sharpest attention")
 
-    def attempt(what: str, function: Callable) -> None:
+    for what, function in (
+            ("tokens", lambda: draw_tokens(labels, str(out / "tokens.png"))),
+            ("attention", attention),
+            ("positions", lambda: draw_similarity(
+                model.positional_embeddings.embedding.weight.detach().cpu(),
+                str(out / "positions.png")))):
         try:
             function()
         except Exception as error:  # no display, no matplotlib, no such part in an edited model
             print(f"no picture of the {what}: {type(error).__name__}: {error}")
-
-    attempt("tokens", lambda: draw_tokens(labels, str(out / "tokens.png")))
-    attempt("attention", attention)
-    attempt("positions", lambda: draw_similarity(
-        model.positional_embeddings.embedding.weight.detach().cpu(), str(out / "positions.png")))
 
 
 if __name__ == "__main__":

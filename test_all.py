@@ -36,7 +36,6 @@ import time
 import unicodedata
 import unittest
 import warnings
-import warnings
 from collections import Counter
 from pathlib import Path
 from unittest import mock

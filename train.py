@@ -12,7 +12,6 @@ import inspect
 import io
 import json
 import math
-import operator
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from importlib.machinery import ModuleSpec
@@ -33,7 +32,7 @@ import torch.distributed as dist
 
 from BPE import BPE, read_text
 from GetData import Batches, GetData
-from GPT import GPT, pick_device, pick_dtype, read_file
+from GPT import GPT, check_number, pick_device, pick_dtype, read_file, whole_number
 
 # ------------------------------------------------------------------------------------------------
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
@@ -129,31 +128,23 @@ def main() -> None:
 
 def check_constants() -> dict:
     """The settings of this run, plain values by name. ValueError for a constant out of range."""
-    def check(names: str, kind: Callable, least: float, below: float, rule: str) -> None:
-        for name in names.split():
-            value = globals()[name]
-            try:
-                if isinstance(value, (bool, str)) or not least <= kind(value) < below:
-                    raise TypeError
-            except (TypeError, ValueError):
-                raise ValueError(f"{name}={value!r}: pick {rule}") from None
-            globals()[name] = kind(value)  # numpy's numbers become Python's
-
-    check("MAX_SEQ_LEN EMB_SIZE NUM_HEADS HEAD_SIZE NUM_LAYERS BATCH_SIZE ACCUMULATE MAX_STEPS "
-          "EVAL_EVERY" + " EVAL_TOKENS" * (EVAL_TOKENS is not None), operator.index, 1, 1 << 62,
-          "a whole number, 1 or more")
-    check("WARMUP_STEPS SEED", operator.index, 0, 1 << 62, "a whole number, 0 or more")
-    check("VOCAB_SIZE", operator.index, 257, 1 << 62, "a whole number, 257 or more")
-    check("DROPOUT", float, 0, 1, "a share from 0 up to, not including, 1")
-    check("WEIGHT_DECAY", float, 0, math.inf, "a number, 0 or more")
-    if not callable(LEARNING_RATE):  # a function step -> rate is a schedule of its own
-        check("LEARNING_RATE", float, math.ulp(0), math.inf, "a number above 0")
+    here, least = globals(), {"VOCAB_SIZE": 257, "WARMUP_STEPS": 0, "SEED": 0}
+    for name in ("VOCAB_SIZE", "MAX_SEQ_LEN", "EMB_SIZE", "NUM_HEADS", "HEAD_SIZE", "NUM_LAYERS",
+                 "BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "WARMUP_STEPS", "EVAL_EVERY",
+                 "EVAL_TOKENS", "SEED"):
+        if name != "EVAL_TOKENS" or EVAL_TOKENS is not None:
+            here[name] = whole_number(name, here[name], least.get(name, 1))
+    for name in ("DROPOUT", "LEARNING_RATE", "WEIGHT_DECAY"):
+        if not callable(here[name]):  # a function step -> rate is a schedule of its own
+            here[name] = check_number(name, here[name], zero=name != "LEARNING_RATE")
     for name, choices in (("RESUME", ("auto", True, False)), ("COMPILE", (True, False)),
                           ("DTYPE", ("auto", "fp32", "bf16"))):
-        if repr(globals()[name]) not in map(repr, choices):
-            raise ValueError(f"{name}={globals()[name]!r}: pick one of {choices}")
+        if repr(here[name]) not in map(repr, choices):
+            raise ValueError(f"{name}={here[name]!r}: pick one of {choices}")
     if not isinstance(OUT_DIR, (str, os.PathLike)) or not str(OUT_DIR):
         raise ValueError(f"OUT_DIR={OUT_DIR!r}: give the path of a folder")
+    if SEED >= 1 << 63:
+        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
     if BATCH_SIZE % RANKS:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {RANKS} processes: pick a multiple of that")
     if not (block := CONSTANTS.search(SOURCE)):
@@ -161,8 +152,8 @@ def check_constants() -> dict:
                          f"stands between them makes a run")
     names = [node.id for node in ast.walk(ast.parse(block[0]))
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    return {name: json.loads(json.dumps(globals()[name], default=in_words)) for name in names
-            if name in globals() and name not in ("DATA_FILE", "OUT_DIR", "RESUME")
+    return {name: json.loads(json.dumps(here[name], default=in_words)) for name in names
+            if name in here and name not in ("DATA_FILE", "OUT_DIR", "RESUME")
             and not name.startswith("LOG_")}
 
 
@@ -334,7 +325,7 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
     if saved and saved["run"]["step"] >= MAX_STEPS:
         say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
             f"To train it longer raise MAX_STEPS; to start from scratch set RESUME = False.")
-        report(out, rows, min(saved["run"]["valid_losses"], default=math.nan))
+        report(rows, min(saved["run"]["valid_losses"], default=math.nan))
         return None
     inside = [Path.cwd(), FILE, *(file for file in documents if isinstance(file, Path))]
     if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
@@ -582,9 +573,9 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
     """Say how to resume if the training was stopped, else show what came out of it."""
     if not rows or int(rows[-1]["step"]) < MAX_STEPS:
         how = "python train.py" if RANKS == 1 else "the same torchrun command"
-        say(f"\nstopped; everything is in {out / 'checkpoint.pt'}. To resume: {how}")
+        say(f"\nstopped; everything is in {Path(OUT_DIR, 'checkpoint.pt')}. To resume: {how}")
         sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
-    report(out, rows)
+    report(rows)
     for extra in (draw_losses, print_sample):
         try:
             extra(out, rows)
@@ -592,7 +583,7 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
 
-def report(out: Path, rows: list[dict], loss: float = math.nan) -> None:
+def report(rows: list[dict], loss: float = math.nan) -> None:
     """Print the best result of the run, where everything lies, and the next command."""
     if not rows:
         say(f"best validation loss  {loss:.4f} nats per token; there is no metrics.csv")
@@ -603,8 +594,8 @@ def report(out: Path, rows: list[dict], loss: float = math.nan) -> None:
 best validation loss  {best["valid_loss"]} nats per token, {bits} bits per byte
                       at step {best["step"]} of {rows[-1]["step"]}, {int(best["tokens"]):,} tokens
 time                  {rows[-1]["seconds"]} s, {speed:,} tokens/s at the end
-best model            {out / "model.pt"}
-all metrics           {out / "metrics.csv"}
+best model            {Path(OUT_DIR, "model.pt")}
+all metrics           {Path(OUT_DIR, "metrics.csv")}
 next                  python sample.py
 """)
 
@@ -624,7 +615,7 @@ def draw_losses(out: Path, rows: list[dict]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
-    say(f"drawn: {out / 'loss.png'}")
+    say(f"drawn: {Path(OUT_DIR, 'loss.png')}")
 
 
 def print_sample(out: Path, rows: list[dict]) -> None:
