@@ -116,7 +116,7 @@ def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
             hook.remove()
         sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
         draw_attention(layers[sharpest], labels, str(out / "attention.png"),
-                       f"Layer {sharpest + 1} of {len(layers)}, the one with the sharpest attention")
+                       f"Layer {sharpest + 1} of {len(layers)}, the sharpest of them")
 
     for what, function in (
             ("tokens", lambda: draw_tokens(labels, str(out / "tokens.png"))),

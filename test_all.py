@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_each_step
 
 import BPE as bpe_file
 import sample
@@ -2268,8 +2269,6 @@ class TestRunFolder(Copies):
     """train.py never loses a run, mixes two or reports the wrong one."""
 
     def test_a_folder_in_use_is_locked(self):
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-
         steps, seen = itertools.count(1), []
 
         def second(*_):
@@ -2282,7 +2281,7 @@ class TestRunFolder(Copies):
                 seen.append(self.python("second.py", code=1))
 
         self.train(OUT_DIR="whole")
-        with register_optimizer_step_pre_hook(second):
+        with before_each_step(second):
             printed = self.train()
         self.assertIn("is in use", seen[3])
         self.assertSameRun("whole", "out")
@@ -2343,7 +2342,7 @@ class TestRunFolder(Copies):
         self.train(OUT_DIR="whole")
         self.train(MAX_STEPS=4)
         self.write("other.txt", "the dog sat on the red barn\n" * 90)
-        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: 1 / 0)
+        hook = before_each_step(lambda *_: 1 / 0)
         with hook, self.assertRaises(ZeroDivisionError):  # other ids lie there, and nothing came
             self.train(RESUME=True, DATA_FILE="other.txt")
         self.train()
@@ -2376,7 +2375,7 @@ class TestRunFolder(Copies):
     def test_folder_removed_while_training(self):
         self.train(OUT_DIR="whole")
         steps = itertools.count(1)
-        with torch.optim.optimizer.register_optimizer_step_pre_hook(
+        with before_each_step(
                 lambda *_: shutil.rmtree("out") if next(steps) == 6 else None):
             self.train(MAX_STEPS=8)
         self.assertEqual([row["step"] for row in self.rows()], ["4", "8"])
