@@ -578,7 +578,8 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if rank == 0:
         write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "settings": settings, "run": run, "ranks": of_ranks})
+                          "settings": settings, "ranks": of_ranks,
+                          "run": {key: run[key] for key in run if key != "loss_sum"}})
     if ranks > 1:
         dist.barrier()  # nobody looks for the file before it is there
 
