@@ -1,7 +1,8 @@
 """test_all.py: python test_all.py runs every test; python test_all.py Attention those of one file.
 
 Needs nothing beyond torch, numpy and tqdm: no network, no GPU, no data. Peers that are installed
-(tiktoken, tokenizers, rustbpe) are compared with; where they are not, those tests say "skipped".
+(tiktoken, tokenizers, rustbpe, transformers) are compared with; where they are not, those tests
+say "skipped".
 Each class tests one file against something that isn't ours: torch's own layers, brute force,
 a ten-line textbook version. Plain pytest runs the same tests.
 """
