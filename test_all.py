@@ -1480,7 +1480,8 @@ class TestGPTEdited(Case):
         torch.manual_seed(4)
         model = model or tiny_gpt(cls, dropout=0.1)
         model.fit(shuffled_batches(), counting_batches(1), 9, 1e-2, max_steps=4, warmup_steps=0,
-                  eval_every=2, checkpoint=path, on_eval=lambda metrics: setattr(model, "stop_training", stop))
+                  eval_every=2, checkpoint=path,
+                  on_eval=lambda metrics: setattr(model, "stop_training", stop))
         return model
 
     def test_train_resume_save_load_generate(self):
