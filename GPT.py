@@ -235,7 +235,7 @@ class GPT(nn.Module):
                "train_losses": [], "valid_losses": []}  # all that counts for resuming
         if checkpoint is not None:
             resume(checkpoint, self, optimizer, settings, run)
-        net, stop = None, any_rank(self.stop_training, self.device)
+        net, (stop,) = None, sum_over_ranks(self.device, self.stop_training)
         steps = step_batches(train_loader, run["epoch"], run["batch"], accumulate)
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
                    disable=None if rank == 0 else True)  # None: only on a terminal
@@ -284,7 +284,7 @@ class GPT(nn.Module):
                         on_eval(metrics | {"learning_rate": rate_at(run["step"] - 1),
                                            "tokens_per_second": speed})
                 # checkpoint
-                stop = any_rank(self.stop_training, self.device)
+                (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
                 resumable = epoch_ends or done or hasattr(train_loader, "batch")
                 if checkpoint is not None and (validate or stop) and resumable:
                     save_checkpoint(checkpoint, self, optimizer, settings, run)
@@ -535,11 +535,6 @@ def sum_over_ranks(device: torch.device, *values: float) -> tuple[float, ...]:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on any rank: all must stop at the same step, or some would wait forever."""
-    return sum_over_ranks(device, float(flag))[0] > 0
-
-
 def check_number(name: str, value: float, zero: bool = False, infinite: bool = False) -> float:
     """The value as a float. ValueError unless it is above 0 (or 0, or infinite, where allowed)."""
     if not (isinstance(value, Real) and (value > 0 or zero and value == 0)
@@ -578,7 +573,8 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if rank == 0:
         write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "settings": settings, "run": run, "ranks": of_ranks})
+                          "settings": settings, "ranks": of_ranks,
+                          "run": {key: run[key] for key in run if key != "loss_sum"}})
     if ranks > 1:
         dist.barrier()  # nobody looks for the file before it is there
 

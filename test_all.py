@@ -1,9 +1,9 @@
 """test_all.py: python test_all.py runs every test; python test_all.py Attention those of one file.
 
 Needs nothing beyond torch, numpy and tqdm: no network, no GPU, no data. Peers that are installed
-(tiktoken, tokenizers, rustbpe) are compared with; where they are not, those tests say "skipped".
-Each class tests one file against an independent implementation: torch's own layers, brute force,
-a ten-line textbook version. Plain pytest runs the same tests.
+(tiktoken, tokenizers, rustbpe, transformers) are compared with; where they are not, those tests
+say "skipped". Each class tests one file against an independent implementation: torch's own layers,
+brute force, a ten-line textbook version. Plain pytest runs the same tests.
 
 The tests see what a user sees: arguments, results, files, messages, signals, processes, hooks of
 torch, subclasses. None looks at a private name, so any file can be rewritten under them.
@@ -33,6 +33,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tokenize
 import unicodedata
 import unittest
 import warnings
@@ -144,6 +145,11 @@ def counting_batches(n=10, batch=4, T=8, V=40):
     starts = torch.arange(n * batch).view(n, batch, 1) * 7
     runs = (starts + torch.arange(T + 1)) % V
     return [(run[:, :-1], run[:, 1:]) for run in runs]
+
+
+def shuffled_batches():
+    """14 batches an epoch of a language of steps of 7, as train.py makes them."""
+    return Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1)
 
 
 def shuffling_loader(n=4):
@@ -1333,9 +1339,8 @@ class TestGPTOptimizer(Case):
         torch.manual_seed(2)
         model = tiny_gpt(Own, dropout=options.pop("dropout", 0.1))
         with contextlib.redirect_stdout(out):
-            model.fit(Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1), counting_batches(1), 9,
-                      lr, max_steps=steps, eval_every=1, checkpoint=checkpoint, on_eval=on_eval,
-                      **options)
+            model.fit(shuffled_batches(), counting_batches(1), 9, lr, max_steps=steps, eval_every=1,
+                      checkpoint=checkpoint, on_eval=on_eval, **options)
         return model, rates, out.getvalue()
 
     def test_any_optimizer_resumes_exactly(self):
@@ -1381,7 +1386,7 @@ class TestGPTOptimizer(Case):
             return optimizer
 
         rows = [  # what is changed, words of the one line that says so
-            (None, {"weight_decay": 0.3}, ("weight_decay of group 0 0.3", "weight_decay of group 0 0.1")),
+            (None, {"weight_decay": 0.3}, ("weight_decay of group 0 0.3", "of group 0 0.1")),
             (None, {"dropout": 0.0}, ("dropout 0.0", "dropout 0.1")),
             (None, {"lr": 2e-2}, ("learning_rate 0.02", "learning_rate 0.01")),
             (None, {"dtype": "bf16"}, ("dtype bf16", "dtype fp32")),
@@ -1477,8 +1482,8 @@ class TestGPTEdited(Case):
         """Four steps, or two of them."""
         torch.manual_seed(4)
         model = model or tiny_gpt(cls, dropout=0.1)
-        model.fit(Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1), counting_batches(1), 9,
-                  1e-2, max_steps=4, warmup_steps=0, eval_every=2, checkpoint=path,
+        model.fit(shuffled_batches(), counting_batches(1), 9, 1e-2, max_steps=4, warmup_steps=0,
+                  eval_every=2, checkpoint=path,
                   on_eval=lambda metrics: setattr(model, "stop_training", stop))
         return model
 
@@ -1499,8 +1504,9 @@ class TestGPTEdited(Case):
                     self.assertTrue(torch.equal(loaded(x), whole.eval()(x)))
                 self.assertTrue(torch.equal(torch.get_rng_state(), state))
                 self.assertFalse(torch.allclose(loaded(x), before, atol=1e-3))
-                written = loaded.generate(x, 15, False)  # beyond max_seq_len = 12
-                self.assertTrue(torch.equal(written, loaded.generate(x, 15, False, use_cache=False)))
+                cached, plain = (loaded.generate(x, 15, False, use_cache=cache)
+                                 for cache in (True, False))  # beyond max_seq_len = 12
+                self.assertTrue(torch.equal(cached, plain))
                 Path("whole.pt").unlink()
                 Path("part.pt").unlink()
 
@@ -1526,8 +1532,8 @@ class TestGPTEdited(Case):
         model.notes = {"text": "größer", "n": [1, 2.5, None, True, (1,)], "t": torch.ones(2)}
         model.save("m.pt")
         before = Path("m.pt").read_bytes()
-        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]}, {Path("k"): 1},
-                    type("Own", (dict,), {})(), lambda: 0):
+        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]},
+                    {Path("k"): 1}, type("Own", (dict,), {})(), lambda: 0):
             model.notes = {"fine": 1, "best": bad}
             with self.assertSays(ValueError, "notes", "best"):
                 model.save("m.pt")
@@ -2757,7 +2763,6 @@ class TestFiles(Case):
             "train": {"GPT", "BPE", "GetData"},
             "sample": {"GPT", "BPE", "Embeddings", "Attention"},
         }
-        allowed["Attention"] = {"BPE", "GPT"}  # only until its picture takes plain tensors
         for name in MODULES:
             tree = self.tree(name)
             at_top, anywhere = (
@@ -3683,6 +3688,295 @@ class TestBPE(Case):
     def test_import_builds_nothing(self):
         code = "import BPE, sys; print({'tqdm', 'multiprocessing', 'torch'} & sys.modules.keys())"
         self.assertIn("set()", self.python("-c", code))
+
+
+class TestGPT1(Case):
+    """The model against GPT-1 as transformers has it, and assets/huggingface.md: both recipes are
+    run as printed, the network switched off, on small models."""
+
+    PAGES = ("assets/huggingface.md", "assets/huggingface.ru.md")
+    HUB_NAME = "openai-community/openai-gpt"
+    SIZES = (  # V, T, E, H, layers
+        (60, 20, 16, 2, 1),
+        (97, 26, 48, 3, 2),
+        (300, 33, 64, 8, 4),
+    )
+
+    def setUp(self):
+        super().setUp()
+        network = mock.patch("socket.socket.connect", side_effect=OSError("there is no network"))
+        self.addCleanup(self.enterContext(network).assert_not_called)
+
+    def recipe(self, number):
+        text = (HERE / self.PAGES[0]).read_text("utf-8")
+        return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)[number]
+
+    def run_recipe(self, number, **replaced):
+        """Run a block of the page, constants replaced: (its names, what it printed)."""
+        block, out = self.recipe(number), io.StringIO()
+        for old, new in replaced.items():
+            self.assertEqual(block.count(f'{old} = "'), 1)
+            block = re.sub(rf'(?m)^{old} = "[^"]*"', f'{old} = "{new}"', block)
+        space = {"__name__": "recipe"}
+        with contextlib.redirect_stdout(out):
+            exec(compile(block, self.PAGES[0], "exec"), space)
+        return space, out.getvalue()
+
+    def openai_gpt(self, V, T, E, H, layers, afn="gelu"):
+        """A random OpenAIGPTLMHeadModel in which every weight and bias counts."""
+        hf = library("transformers")
+        config = hf.OpenAIGPTConfig(
+            vocab_size=V, n_positions=T, n_embd=E, n_head=H, n_layer=layers, afn=afn
+        )
+        theirs = hf.OpenAIGPTLMHeadModel(config).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
+        return theirs
+
+    def openai_folder(self, theirs):
+        """A folder as it is on the hub: weights, sizes, and a tokenizer of letters and "the"."""
+        theirs.save_pretrained("openai-gpt")
+        vocab = {"<unk>": 0}
+        for letter in "abcdefghijklmnopqrstuvwxyz.,":
+            vocab |= {letter: len(vocab), f"{letter}</w>": len(vocab) + 1}
+        vocab |= {"th": len(vocab), "the</w>": len(vocab) + 1}
+        Path("openai-gpt/vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        Path("openai-gpt/merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n", "utf-8")
+        return "openai-gpt"
+
+    def pairs(self, layers):
+        """(our weight, their weight, whether theirs is transposed)."""
+        yield "token_embeddings.embedding.weight", "transformer.tokens_embed.weight", False
+        yield "positional_embeddings.embedding.weight", "transformer.positions_embed.weight", False
+        for n in range(layers):
+            for ours, theirs in (
+                ("attention.heads.qkv", "attn.c_attn"),
+                ("attention.linear", "attn.c_proj"),
+                ("ffn.expand", "mlp.c_fc"),
+                ("ffn.contract", "mlp.c_proj"),
+                ("norm1", "ln_1"),
+                ("norm2", "ln_2"),
+            ):
+                for kind in ("weight", "bias"):
+                    transposed = kind == "weight" and not ours.startswith("norm")
+                    yield (
+                        f"decoders.{n}.{ours}.{kind}",
+                        f"transformer.h.{n}.{theirs}.{kind}",
+                        transposed,
+                    )
+
+    def with_relu(self, theirs, V, T, E, H, layers):
+        """Our model with the weights of theirs, put in by a mapping other than the recipe's."""
+        model = GPT(V, T, E, H, E // H, layers, dropout=0.0).eval()
+        ours, weights = dict(model.named_parameters()), theirs.state_dict()
+        with torch.no_grad():
+            for name, other, transposed in self.pairs(layers):
+                ours[name].copy_(weights[other].T if transposed else weights[other])
+            ours["linear.weight"].copy_(weights["lm_head.weight"])
+            ours["linear.bias"].zero_()
+        return model
+
+    def with_gelu(self, theirs, *sizes):
+        return self.run_recipe(0, NAME=self.openai_folder(theirs))[0]["model"]
+
+    def test_numbers_equal_openai_gpt(self):
+        """Logits, the output of every layer, the gradient of every weight, greedy tokens."""
+        library("transformers")
+        for afn, ours_from in (("relu", self.with_relu), ("gelu", self.with_gelu)):
+            for sizes in self.SIZES:
+                with self.subTest(activation=afn, sizes=sizes):
+                    theirs = self.openai_gpt(*sizes, afn)
+                    self.check_numbers(ours_from(theirs, *sizes), theirs, sizes)
+
+    def check_numbers(self, model, theirs, sizes):
+        V, T, _, _, layers = sizes
+        ids = torch.randint(V, (3, T))
+        states = []  # the input of the first block, then the output of each
+        model.decoders[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        for decoder in model.decoders:
+            decoder.register_forward_hook(lambda _, inputs, output: states.append(output))
+        logits = model(ids)
+        other = theirs(ids, output_hidden_states=True)
+        self.assertGreater(other.logits.std().item(), 0.5)
+        self.assertClose(logits, other.logits, 2e-5)
+        for state, expected in zip(states, other.hidden_states, strict=True):
+            self.assertClose(state, expected)
+
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        theirs(ids, labels=ids).loss.backward()
+        ours = {name: p.grad for name, p in model.named_parameters()}
+        expected = {name: p.grad for name, p in theirs.named_parameters()}
+        table = "token_embeddings.embedding.weight"
+        ours[table] = ours[table] + ours.pop("linear.weight")  # theirs is one table used twice
+        del ours["linear.bias"]  # theirs has none
+        for name, other_name, transposed in self.pairs(layers):
+            grad = expected.pop(other_name)
+            self.assertClose(ours.pop(name), grad.T if transposed else grad)
+        self.assertEqual((ours, expected), ({}, {}), "a weight was not compared")
+
+        prompt, new = ids[:, :3], T - 3
+        written = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+        self.assertEqual(model.generate(prompt, new, do_sample=False).tolist(), written.tolist())
+
+    def test_way_in_as_printed(self):
+        library("transformers")
+        self.assertIn(f'NAME = "{self.HUB_NAME}"', self.recipe(0))
+        theirs = self.openai_gpt(97, 80, 48, 3, 2)
+        space, printed = self.run_recipe(0, NAME=self.openai_folder(theirs))
+        first, *text = printed.splitlines()
+        self.assertLess(float(first.removeprefix("largest difference of logits: ")), 2e-5)
+        self.assertTrue("\n".join(text).startswith("the first thing she saw was "), printed)
+        ids = torch.randint(97, (2, 80))
+        with torch.no_grad():
+            self.assertClose(space["model"](ids), theirs(ids).logits, 2e-5)
+
+    def test_line_for_gelu(self):
+        """The page's one line for FFN.py makes the same of its ReLU as the class of the recipe."""
+        library("transformers")
+        (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
+        source = (HERE / "FFN.py").read_text("utf-8")
+        edited, changes = re.subn(r"x = \S*relu\(self\.expand\(x\)\)", line, source)
+        self.assertEqual(changes, 1)
+        space = {"__name__": "FFN"}
+        exec(compile(edited, "FFN.py", "exec"), space)
+        ours = space["FeedForward"](48, dropout=0.0)
+        folder = self.openai_folder(self.openai_gpt(97, 80, 48, 3, 2))
+        gelu = self.run_recipe(0, NAME=folder)[0]["GELU"](48, dropout=0.0)
+        gelu.load_state_dict(ours.state_dict())
+        x = 3 * torch.randn(2, 5, 48)
+        self.assertClose(gelu(x), ours(x), 1e-6)
+
+    def small_run(self):
+        """Train a small model in out/, so that the norms and biases have moved."""
+        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n" * 60
+        Path("my.txt").write_text(text, encoding="utf-8")
+        small = dict(
+            DATA_FILE="my.txt",
+            VOCAB_SIZE=290,
+            MAX_SEQ_LEN=24,
+            EMB_SIZE=32,
+            NUM_HEADS=4,
+            HEAD_SIZE=8,
+            NUM_LAYERS=2,
+            MAX_STEPS=40,
+            WARMUP_STEPS=5,
+            LEARNING_RATE=1e-2,
+            EVAL_EVERY=20,
+            BATCH_SIZE=8,
+            DEVICE="cpu",
+        )
+        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+        return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
+
+    def check_opened(self, model):
+        """What transformers opens says what our model says; returns it."""
+        hf = library("transformers")
+        opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
+        ids = torch.randint(model.sizes["vocab_size"], (3, model.sizes["max_seq_len"]))
+        with torch.no_grad():
+            ours, theirs = model.eval()(ids), opened(ids).logits
+        self.assertClose(theirs.log_softmax(-1), ours.log_softmax(-1), 1e-4)
+        self.assertClose(theirs, ours, 1e-4)
+        return opened
+
+    def test_way_out_as_printed(self):
+        hf = library("transformers")
+        model, bpe = self.small_run()
+        norm, bias = model.decoders[-1].norm2, model.linear.bias
+        for moved in (norm.weight - 1, norm.bias, bias):
+            self.assertGreater(moved.abs().max().item(), 0.01)
+        _, printed = self.run_recipe(1)
+        self.assertIn("The ", printed.splitlines()[1])
+        opened = self.check_opened(model)
+        self.assertEqual(
+            {file.name for file in Path("out/huggingface").glob("*.safetensors")},
+            {"model.safetensors"},
+        )
+        tokenizer = hf.AutoTokenizer.from_pretrained("out/huggingface")
+        self.assertEqual(len(tokenizer), len(bpe))
+        rng = random.Random(5)
+        texts = [any_text(rng, 60) for _ in range(20)]
+        for text in ["The lazy dog , isn't it ? <|endoftext|> 🚀  \n", *texts]:
+            ids = bpe.encode(text, allow_special=True)
+            self.assertEqual(tokenizer(text).input_ids, ids, repr(text))
+            self.assertEqual(tokenizer.decode(ids), bpe.decode(ids), repr(text))
+        prompt = "The quick"
+        new = 12
+        write = hf.pipeline("text-generation", "out/huggingface")
+        written = write(prompt, do_sample=False, max_new_tokens=new)[0]["generated_text"]
+        end = bpe.special_tokens["<|endoftext|>"]
+        ids = torch.tensor([bpe.encode(prompt)])
+        ours = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
+        self.assertEqual(opened.config.eos_token_id, end)
+        self.assertEqual(written, bpe.decode(ours))
+
+    def test_way_out_of_any_norm_and_bias(self):
+        """Not only of what training makes: beta of zeros, of a sum of 0, large biases."""
+        library("transformers")
+        model, _ = self.small_run()
+        norm, bias = model.decoders[-1].norm2, model.linear.bias
+        for beta in (torch.zeros(32), torch.tensor([1.0, -1.0] * 16) * norm.weight.detach()):
+            with torch.no_grad():
+                norm.bias.copy_(beta)
+                bias.copy_(torch.randn(len(bias)) * 3)
+            model.save("out/model.pt")
+            self.run_recipe(1)
+            self.check_opened(model)
+
+    def test_way_out_refuses_what_it_cannot_keep(self):
+        """A gamma with a zero, and a model that is no GPT-1: said before a file is written."""
+        library("transformers")
+        model, _ = self.small_run()
+
+        def gelu(self, x):
+            return self.dropout(self.contract(F.gelu(self.expand(x))))
+
+        with (
+            mock.patch.object(FeedForward, "forward", gelu),
+            self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo"),
+        ):
+            self.run_recipe(1)
+        with torch.no_grad():
+            model.decoders[-1].norm2.weight[3] = 0
+        model.save("out/model.pt")
+        with self.assertSays(ValueError, "log-probabilities differ by"):
+            self.run_recipe(1)
+        self.assertFalse(Path("out/huggingface").exists())
+
+    def test_both_pages_have_the_same_code(self):
+        """But for the comments, which are in the language of the page."""
+        pages = [(HERE / page).read_text("utf-8") for page in self.PAGES]
+        blocks = [re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S) for page in pages]
+        self.assertEqual(*([name for name, _ in some] for some in blocks))
+        code, comments = [], []
+        for some in blocks:
+            tokens = [
+                list(tokenize.generate_tokens(io.StringIO(block).readline))
+                for name, block in some
+                if name == "python"
+            ]
+            self.assertEqual(len(tokens), 2)
+            tokens = [(token.type, token.string) for block in tokens for token in block]
+            comments.append([string for kind, string in tokens if kind == tokenize.COMMENT])
+            no_code = (tokenize.COMMENT, tokenize.NL)
+            code.append([string for kind, string in tokens if kind not in no_code])
+        self.assertEqual(*code)
+        for comment in comments[1]:
+            self.assertRegex(comment, "[а-я]")
+        for page, text in zip(self.PAGES, pages, strict=True):
+            for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+                if "://" not in link:
+                    self.assertTrue((HERE / "assets" / link).exists(), f"{page}: {link}")
+            for line in text.splitlines():
+                self.assertLessEqual(len(line), 120, f"{page}: {line}")
 
 
 class TestReadme(Case):
