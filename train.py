@@ -410,12 +410,12 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
     else:
         say(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} held out")
         bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
-        nul = sum(block.count(0) for document in documents for block in blocks(document))
-        if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
-            raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
-                             f"UTF-16? Convert it: iconv -f UTF-16 -t UTF-8")
         bpe.save(new / "tokenizer.json")
         write_code(new / "code", code)
+    nul = sum(block.count(0) for document in documents for block in blocks(document))
+    if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
+        raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
+                         f"UTF-16? Convert it: iconv -f UTF-16 -t UTF-8")
     tokens = [bpe.encode_file(pieces(documents, start, stop, bpe.special_tokens[END]), new / name)
               for name, start, stop in (("train.npy", 0, split), ("valid.npy", split, total))]
     if min(tokens) < MAX_SEQ_LEN + 1:
