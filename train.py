@@ -10,6 +10,7 @@ import csv
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -452,8 +453,9 @@ def read_metrics(path: Path, step: int) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]
-        for row in rows:
-            float(row["seconds"]), int(row["tokens"]), float(row["valid_loss"])
+        for row, name in itertools.product(rows, ("seconds", "train_loss", "valid_loss", "tokens",
+                                                  "valid_bits_per_byte", "tokens_per_second")):
+            float(row[name])
         return [row for row in rows if int(row["step"]) <= step]
     except FileNotFoundError:
         return []
@@ -506,7 +508,11 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     from torch.distributed.nn import functional  # noqa: F401
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
-    yield dist.get_rank(), dist.get_world_size()
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    except SystemExit:  # stopped by a signal; at an error torchrun ends the others
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
@@ -540,7 +546,8 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except UnicodeEncodeError:
-        print(text.encode("ascii", "replace").decode(), flush=True)
+        code = sys.stdout.encoding
+        print(text.encode(code, "replace").decode(code), flush=True)
     except (OSError, ValueError):  # python train.py | head: nobody reads on
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
