@@ -2295,8 +2295,7 @@ class TestRunFolder(Copies):
         self.assertIn("finished", self.train())  # free again
 
     def test_refused_constants_move_nothing(self):
-        self.train(OUT_DIR="whole")
-        self.train(MAX_STEPS=8, EVAL_EVERY=4)
+        self.train(MAX_STEPS=8)
         before = files_of("out")
         Path("utf16.txt").write_bytes(("hello and so on " * 400).encode("utf-16-le"))
         Path("russian.txt").write_bytes(("привет и так далее. " * 400).encode("utf-16-le"))
@@ -2317,8 +2316,7 @@ class TestRunFolder(Copies):
             for resume in ("auto", False, True):
                 self.assertRefused(ValueError, words, self.train, DATA_FILE=name, RESUME=resume)
         self.assertEqual(files_of("out"), before)
-        self.assertIn("step 8", self.train())
-        self.assertSameRun("whole", "out")
+        self.assertIn("after step 8", self.train())
 
     def test_numpy_numbers_are_numbers(self):
         self.train(OUT_DIR="whole")
