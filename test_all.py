@@ -2344,15 +2344,16 @@ class TestRunFolder(Copies):
 
     def test_ids_of_another_text_are_not_resumed_with(self):
         self.train(OUT_DIR="whole")
-        self.train(MAX_STEPS=4)
         self.write("other.txt", "the dog sat on the red barn\n" * 90)
-        hook = before_each_step(lambda *_: 1 / 0)
-        with hook, self.assertRaises(ZeroDivisionError):  # other ids lie there, and nothing came
-            self.train(RESUME=True, DATA_FILE="other.txt")
-        self.train()
+        for n, changes in ((6, dict()), (1, dict(RESUME=True, DATA_FILE="other.txt"))):
+            steps = itertools.count(1)
+            stop = before_each_step(lambda *_, n=n, steps=steps: 1 / 0 if next(steps) == n else 0)
+            with stop, self.assertRaises(ZeroDivisionError):
+                self.train(**changes)
+        self.assertIn("after step 4", self.train())  # the ids were of the other text
         self.assertSameRun("whole", "out")
         os.remove("out/valid.npy")  # made again as well
-        self.assertIn("step 12", self.train(MAX_STEPS=16))
+        self.assertIn("after step 12", self.train(MAX_STEPS=16))
 
     def test_device_and_dtype_of_now(self):
         self.train(MAX_STEPS=4, DEVICE="auto", DTYPE="auto")
@@ -2379,13 +2380,10 @@ class TestRunFolder(Copies):
     def test_folder_removed_while_training(self):
         self.train(OUT_DIR="whole")
         steps = itertools.count(1)
-        with before_each_step(
-                lambda *_: shutil.rmtree("out") if next(steps) == 6 else None):
-            self.train(MAX_STEPS=8)
-        self.assertEqual([row["step"] for row in self.rows()], ["4", "8"])
-        self.assertIn("step 8", self.train())
-        one, two = (self.saved(f"{out}/checkpoint.pt")["weights"] for out in ("whole", "out"))
-        self.assertSame(one, two)
+        with before_each_step(lambda *_: shutil.rmtree("out") if next(steps) == 6 else None):
+            self.train()
+        self.assertSameRun("whole", "out")
+        self.assertIn("finished", self.train())
         self.assertTrue(self.sample())
 
     def test_folders_that_stay_where_they_are(self):

@@ -59,7 +59,7 @@ WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few
                        # steps, learns with 200)
 WEIGHT_DECAY = 0.1     # pull of the weight matrices towards 0
 EVAL_EVERY = 100       # steps between validations; at most so many are lost in a power cut
-EVAL_TOKENS = 18_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
+EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
                        # the time at the values here); None: all of them
 
 SEED = 1337            # of initial weights, dropout and the order of the windows
