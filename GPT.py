@@ -229,8 +229,7 @@ class GPT(nn.Module):
         optimizer = self.make_optimizer(peak, weight_decay)
         rates = [group["lr"] for group in optimizer.param_groups]  # at the peak of the schedule
         settings = describe(self, optimizer, learning_rate=learning_rate, dtype=dtype, ranks=ranks,
-                            warmup_steps=warmup_steps, grad_clip=grad_clip, accumulate=accumulate,
-                            epoch_batches=length(train_loader))
+                            warmup_steps=warmup_steps, grad_clip=grad_clip, accumulate=accumulate)
         run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
                "train_losses": [], "valid_losses": []}  # all that counts for resuming
         if checkpoint is not None:
@@ -399,23 +398,18 @@ def make_schedule(learning_rate: float | Callable[[int], float], warmup_steps: i
     return lambda step: learning_rate_at(step, peak, warmup_steps, total_steps), peak
 
 
-def length(loader: Iterable) -> int | None:
-    """Batches in an epoch; None for a loader without a length, such as a generator."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 def count_steps(loader: Iterable, num_epochs: int, accumulate: int, max_steps: int | None) -> int:
     """The steps of a run. ValueError for arguments out of range."""
-    num_epochs, batches = whole_number("num_epochs", num_epochs), length(loader)
+    whole_number("num_epochs", num_epochs)
     if max_steps is not None:
         return whole_number("max_steps", max_steps)
-    if not batches:
-        raise ValueError("the train_loader has no batch, or no length: give it more text or "
-                         "smaller batches, or give max_steps")
-    return num_epochs * -(-batches // accumulate)
+    try:
+        steps = int(num_epochs) * -(-len(loader) // accumulate)
+    except TypeError:
+        raise ValueError("max_steps=None: a train_loader without a length needs one") from None
+    if steps == 0:
+        raise ValueError("the train_loader has no batch: give it more text or smaller batches")
+    return steps
 
 
 def step_batches(loader: Iterable, epoch: int, first: int,
@@ -429,7 +423,7 @@ def step_batches(loader: Iterable, epoch: int, first: int,
         else:
             batches = islice(loader, first, None)
         following = list(islice(batches, accumulate))
-        if not following:
+        if not following and first == 0:
             raise ValueError(f"no batch from the train_loader in epoch {epoch + 1}: a generator "
                              f"can be read only once; give a list or a DataLoader")
         while following:
@@ -604,8 +598,6 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
     if (new or old) and rank == 0:
         print(f"{path}: resuming with {', '.join(new)}; it was {', '.join(old)}")
     run.update(saved["run"])
-    if any(line.startswith("epoch_batches") for line in new):
-        run["batch"] = 0
     for own in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
         run["loss_sum"] = own["loss_sum"]
         torch.set_rng_state(own["cpu"])
