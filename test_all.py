@@ -2302,9 +2302,10 @@ class TestRunFolder(Copies):
         Path("latin.txt").write_bytes("grün ".encode("latin-1") * 400)
         self.write("short.txt", "hello world")
         for name, *values in (
-            ("EVAL_EVERY", 0, 2.5, "4"), ("BATCH_SIZE", 0), ("LEARNING_RATE", 0, math.nan, "1e-3"),
+            ("EVAL_EVERY", 0, 2.5, "4"), ("BATCH_SIZE", 0), ("LEARNING_RATE", 0, math.nan, "0.1"),
             ("WARMUP_STEPS", 0.1, None), ("WEIGHT_DECAY", -1), ("SEED", -1, None, 1 << 63),
-            ("MAX_SEQ_LEN", 3000, 0, 2.5), ("DROPOUT", "0.1", 1), ("NUM_HEADS", True), ("COMPILE", "no"),
+            ("MAX_SEQ_LEN", 3000, 0, 2.5), ("DROPOUT", "0.1", 1), ("NUM_HEADS", True),
+            ("COMPILE", "no"),
             ("MAX_STEPS", 0), ("VOCAB_SIZE", 256), ("EVAL_TOKENS", 0), ("DTYPE", "fp16"),
             ("RESUME", "yes"), ("DEVICE", "tpu9", None), ("ACCUMULATE", 0), ("OUT_DIR", ""),
         ):
@@ -2347,7 +2348,7 @@ class TestRunFolder(Copies):
         self.write("other.txt", "the dog sat on the red barn\n" * 90)
         for n, changes in ((6, dict()), (1, dict(RESUME=True, DATA_FILE="other.txt"))):
             steps = itertools.count(1)
-            stop = before_each_step(lambda *_, n=n, steps=steps: 1 / 0 if next(steps) == n else 0)
+            stop = before_each_step(lambda *_, n=n, steps=steps: next(steps) == n and 1 / 0 or None)
             with stop, self.assertRaises(ZeroDivisionError):
                 self.train(**changes)
         self.assertIn("after step 4", self.train())  # the ids were of the other text
