@@ -2244,7 +2244,7 @@ def files_of(folder):
             if file.is_file() and file.name != ".lock"}
 
 
-class Copies(RunCase):
+class CopiesCase(RunCase):
     """Runs with edited copies of our scripts."""
 
     def copy_scripts(self, **edits):
@@ -2271,7 +2271,7 @@ class Copies(RunCase):
         return self.call(self.import_from(folder), SMALL | changes)
 
 
-class TestRunFolder(Copies):
+class TestRunFolder(CopiesCase):
     """train.py never loses a run, mixes two or reports the wrong one."""
 
     def test_a_folder_in_use_is_locked(self):
@@ -2502,7 +2502,7 @@ class TestRunFolder(Copies):
             name.split("/")[0] for name in before}}))
 
 
-class TestPlaces(Copies):
+class TestPlaces(CopiesCase):
     """Any place to start from: notebooks, threads, pipes, logs; any text."""
 
     def test_in_a_thread(self):
@@ -2645,7 +2645,7 @@ class TestPlaces(Copies):
         self.assertIn("never read", self.train(MAX_STEPS=2))
 
 
-class TestEdits(Copies):
+class TestEdits(CopiesCase):
     """What people change first: one place, the effect is trained, stopped, resumed, sampled."""
 
     GO = """
