@@ -412,7 +412,8 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
         say(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} held out")
         bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
         bpe.save(new / "tokenizer.json")
-        write_code(new / "code", code)
+        with about_out_dir("can't be written"):
+            write_code(new / "code", code)
     nul = sum(block.count(0) for document in documents for block in blocks(document))
     if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
         raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
