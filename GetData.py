@@ -59,13 +59,12 @@ class GetData(Dataset):
                 or not data.flags.c_contiguous):
             return vars(self)  # not, or not as it is, in a file
         place = root.offset + data.ctypes.data - root.ctypes.data  # in the file, slices too
-        return vars(self) | {"data": (root.filename, data.dtype, place, len(data))}
+        return vars(self) | {"data": (root.filename, data.dtype, "r", place, len(data))}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if isinstance(self.data, tuple):
-            path, dtype, offset, length = self.data
-            self.data = np.memmap(path, dtype, "r", offset, (length,))
+            self.data = np.memmap(*self.data)
 
     def __len__(self) -> int:
         return (len(self.data) - self.seq_len - 1) // self.stride + 1
