@@ -99,109 +99,132 @@ BORDER, GONE = -1, -2                       # no ids: between two words; merged 
 
 
 class Words:
-    """All words in one list of ids. A place in it keeps its number for ever: merging writes the new
-    id at the pair's left place and leaves the right one out of the chain of neighbours.
+    """All words in one array of ids. A place in it keeps its number: merging writes the new id at
+    the left place of a pair and takes the right place out of the chain of neighbours.
 
-    >>> words = Words(["low", "lower"], range(256))      # places 1 2 3, border 4, places 5 ... 9
-    >>> words.pairs()[108, 111]                          # where l stands before o
-    [1, 5]
-    >>> dict(words.join((108, 111), 256, [1, 5]))        # the new pairs: (lo, w)
-    {(256, 119): [1, 5]}
-    >>> words.id[1:4], words.next[1]
-    ([256, -2, 119], 3)
+    >>> words = Words(["low", "lower"], range(256))      # places: 0 low 4 lower 10, borders 0 4 10
+    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; pairs that begin here changed:
+    array([0, 1, 4, 5])
+    >>> words.id.tolist(), int(words.next[1])
+    ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
     """
 
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
         text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
-        self.id = list(map([*byte_ids][:255].__add__([BORDER]).__getitem__,
-                           text.encode("utf-8", "surrogateescape")))
-        places = list(range(-1, len(self.id) + 1))
-        self.previous, self.next = places[:-2], places[2:]
+        raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+        self.id = np.array([*byte_ids][:255] + [BORDER])[raw]                      # (N,)
+        self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
 
-    def pairs(self) -> dict[Pair, list[int]]:
-        """Each pair of neighbours -> the places of its left halves. To call before any merge."""
-        places = defaultdict(list)
-        for place, pair in enumerate(pairwise(self.id)):
-            places[pair].append(place)
-        return {pair: at for pair, at in places.items() if BORDER not in pair}
+    def pairs(self, places: np.ndarray) -> np.ndarray:
+        """The pairs that begin at these places, as left << 32 | right; negative at a border."""
+        return self.id[places] << 32 | self.id[self.next[places]]
 
-    def still(self, pair: Pair, places: list[int]) -> list[int]:
-        """The places where the pair still begins; other merges may have taken its halves."""
-        (left, right), ids, nexts = pair, self.id, self.next
-        return [place for place in places if ids[place] == left and ids[nexts[place]] == right]
-
-    def join(self, pair: Pair, new: int, places: list[int]) -> dict[Pair, list[int]]:
-        """Merges the pair at these places, from left to right; returns the pairs that come into
-        being. An occurrence of a pair is noted here, once, and never updated: whoever takes it up
-        later checks whether it is still there."""
-        (left, right), ids, nexts, previous = pair, self.id, self.next, self.previous
-        born = defaultdict(list)
-        for place in places:
-            gone = nexts[place]
-            if ids[place] == left and ids[gone] == right:        # in aaa the second aa is gone
-                before, after = previous[place], nexts[gone]
-                ids[place], ids[gone] = new, GONE
-                nexts[place], previous[after] = after, place
-                if ids[before] != BORDER:
-                    born[ids[before], new].append(before)
-                if ids[after] != BORDER:
-                    born[new, ids[after]].append(place)
-        return born
+    def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
+        """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
+        the places where another pair begins now: these, and those before them."""
+        gone = self.next[places]
+        after = self.next[gone]
+        self.id[places], self.id[gone] = new, GONE
+        self.next[places], self.previous[after] = after, places
+        changed = np.sort(np.concatenate((self.previous[places], places)))
+        return changed[np.append(True, changed[1:] != changed[:-1])]
 
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
-        ids = np.array(self.id)
-        ids = ids[ids != GONE]
-        border = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
+        ids = self.id[self.id != GONE]
+        ends = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
         raw = ids.astype(dtype).tobytes()
-        return [raw[i + dtype.itemsize:j] for i, j in pairwise(border)]
+        return [raw[i + dtype.itemsize:j] for i, j in pairwise(ends)]
+
+
+def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each item continues a run -> where its run starts, and whether it is the run's first,
+    third ...: of the pairs in aaaaa, the ones to merge."""
+    i = np.arange(len(continues))
+    start = np.maximum.accumulate(np.where(continues, 0, i))
+    return start, (i - start) % 2 == 0
 
 
 def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair]:
-    """Makes and yields the merges, the most frequent pair first, ties to the smaller ids. counts:
-    how often each word occurs."""
-    weights = np.cumsum(np.equal(words.id, BORDER)) - 1           # place -> number of its word
-    weight_of = np.append(list(counts), 0)[weights].tolist().__getitem__
-    heap: list[tuple[int, Pair, list[int]]] = []
+    """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
+    often each word occurs.
 
-    def wait(pairs: dict[Pair, list[int]]) -> None:
-        for pair, places in pairs.items():
-            if (count := sum(map(weight_of, places))) > 1:
-                heapq.heappush(heap, (-count, pair, places))
+    A pair's places are noted once, when the later of its two ids is made. So a count can only fall:
+    when a pair leaves the heap, it is counted again and, if it has lost places, put back."""
+    weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
+    heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
-    wait(words.pairs())
+    def note(places: np.ndarray) -> None:
+        pair = words.pairs(places)
+        by_pair = np.argsort(pair, kind="stable")
+        pair, places = pair[by_pair], places[by_pair]
+        start = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
+        count = np.add.reduceat(weight[places], start).tolist()
+        start = start.tolist()
+        for n, p, i, j in zip(count, pair[start].tolist(), start, [*start[1:], None], strict=True):
+            if n > 1 and p >= 0:
+                heapq.heappush(heap, (-n, p, places[i:j]))
+
+    note(np.arange(len(words.id) - 1))
     for new in range(256, 256 + num_merges):
         while heap:
             _, pair, places = heapq.heappop(heap)
-            still = words.still(pair, places)
+            still = places[words.pairs(places) == pair]
             if len(still) == len(places):
                 break
-            wait({pair: still})                          # its count was too high: back in the queue
+            if (count := int(weight[still].sum())) > 1:
+                heapq.heappush(heap, (-count, pair, still))
         else:
             return
-        yield pair
-        wait(words.join(pair, new, places))
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        yield left, right
+        if left == right:
+            places = places[run_starts(np.append(False, words.next[places[:-1]] == places[1:]))[1]]
+        note(words.join(places, new))
 
 
-def apply(words: Words, merges: dict[Pair, Pair]) -> None:
-    """Makes the merges, the lowest rank first. merges: pair -> (rank, the id that it makes).
+class Merges:
+    """The merges, ready to be made in many words at once.
 
-    A merge that uses a token comes after all merges that make it, so when a rank is taken up all
-    its places are known. (Files of others may have several merges that make one token.)"""
-    heap: list[tuple[Pair, Pair]] = []
-    waiting: dict[Pair, list[int]] = {}
+    Many merges can be made together: a *band* is a run of merges none of which uses what another
+    one of them makes. So all pairs of the lowest band are there when it is taken up; where two of
+    them overlap, the lower rank goes first."""
 
-    def wait(pairs: dict[Pair, list[int]]) -> None:
-        for pair in pairs.keys() & merges.keys():
-            if pair not in waiting:
-                heapq.heappush(heap, (merges[pair], pair))
-                waiting[pair] = []
-            waiting[pair] += pairs[pair]
+    def __init__(self, merges: list[Pair], made: list[int]):
+        pair = np.array([left << 32 | right for left, right in merges], np.int64)
+        self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
+        self.rank = np.append(np.argsort(pair), self.none)
+        self.pair = np.append(pair[self.rank[:-1]], np.iinfo(np.int64).max)        # sorted
+        first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
+        band, end = [0], self.none                       # end: where the band ends at the latest
+        for rank, i in enumerate(made):
+            if first_use.get(i, self.none) <= rank:
+                raise ValueError(f"merge {first_use[i]} uses the token {i}, "
+                                 f"which only merge {rank} makes")
+            band.append(band[-1] + (rank == end))
+            end = min(self.none if rank == end else end, first_use.get(i, self.none))
+        self.band = np.array([*band[1:], band[-1] + 1])
 
-    wait(words.pairs())
-    while heap:
-        (_, new), pair = heapq.heappop(heap)
-        wait(words.join(pair, new, sorted(waiting.pop(pair))))
+    def look_up(self, pair: np.ndarray) -> np.ndarray:
+        """Pairs -> the ranks of their merges, or none."""
+        i = np.searchsorted(self.pair, pair)
+        return np.where(self.pair[i] == pair, self.rank[i], self.none)
+
+    def apply(self, words: Words) -> None:
+        """Makes all merges, with the result of making them one by one, in order."""
+        rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))), self.none)
+        band = self.band[rank].astype(np.min_scalar_type(self.band[-1]))
+        while (lowest := band.min()) < self.band[-1]:
+            at = np.flatnonzero(band == lowest)
+            here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
+            start, odd = run_starts(before == here)
+            at = at[odd & (before > here)[start] & (after >= here)]
+            gone = words.next[at]
+            changed = words.join(at, self.made[rank[at]])
+            rank[gone] = self.none
+            rank[changed] = self.look_up(words.pairs(changed))
+            changed = np.concatenate((gone, changed))
+            band[changed] = self.band[rank[changed]]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -365,22 +388,22 @@ class BPE:
                              f"need {256 + len(names)} or more")
         self.vocab_size, self.pattern = int(vocab_size), pattern
         self._split = Splitter(pattern)
-        self._set({}, {name: 256 + i for i, name in enumerate(names)})
+        self._set([], [], {name: 256 + i for i, name in enumerate(names)})
 
-    def _set(self, merges: dict[Pair, Pair], special: dict[str, int],
-             byte_ids: Iterable[int] = range(256), others: Iterable = (),
-             whole: dict[str, int] | None = None) -> None:
-        """merges: pair -> (rank, id). others: {id: bytes} of tokens that no merge makes. whole:
-        words that are one token, whatever the merges say. Everything is replaced at once, so that
-        an interrupt finds the old tokenizer or the new one."""
+    def _set(self, merges: list[Pair], made: list[int], special: dict[str, int],
+             byte_ids: Iterable[int] = range(256), others: dict[int, bytes] = {}, whole: dict = {}):
+        """made: the ids that the merges make. others: (id, bytes) of tokens that no merge makes.
+        whole: (word, id) of words that are one token, whatever the merges say. All is replaced at
+        once, so that an interrupt leaves the old tokenizer or the new one."""
         of_id = {i: bytes([b]) for b, i in enumerate(byte_ids)} | dict(others)
-        for (left, right), (_, i) in merges.items():
+        for (left, right), i in zip(merges, made, strict=True):
             of_id[i] = of_id[left] + of_id[right]
         of_id |= {i: name.encode() for name, i in special.items()}
         vars(self).update(
-            merges=list(merges), special_tokens=special, _merges=merges, _byte_ids=list(byte_ids),
-            _bytes=of_id, _whole=whole or {}, _known={}, _room=CACHE_BYTES,
-            _dtype=np.dtype(np.uint16 if max(of_id) < 65536 else np.uint32))
+            merges=merges, special_tokens=special, _merges=Merges(merges, made), _bytes=of_id,
+            _byte_ids=list(byte_ids), _whole=dict(whole), _known={}, _room=CACHE_BYTES,
+            _dtype=np.dtype(np.uint16 if max(of_id) < 65536 else np.uint32),
+            _state=(merges, made, special, byte_ids, others, whole))
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
@@ -414,8 +437,8 @@ class BPE:
         wanted = self.vocab_size - 256 - len(special)
         with _without_gc():
             merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        self._set({pair: (i, 256 + i) for i, pair in enumerate(merges)},
-                  {name: 256 + len(merges) + i for i, name in enumerate(special)})
+        made = range(256, 256 + len(merges))
+        self._set(merges, made, {name: 256 + len(merges) + i for i, name in enumerate(special)})
         self._remember(self._known, dict(zip(counts, words.results(self._dtype), strict=True)))
         return self
 
@@ -454,7 +477,7 @@ class BPE:
                      if isinstance(word, int) or word in self._whole}
             listed = list(new.difference(whole))
             merging = Words(listed, self._byte_ids)
-            apply(merging, self._merges)
+            self._merges.apply(merging)
             fresh = dict(zip(listed, merging.results(self._dtype), strict=True))
             fresh |= {word: np.array(i, self._dtype).tobytes() for word, i in whole.items()}
             self._remember(known, fresh)
@@ -612,7 +635,7 @@ class BPE:
         for letter, byte in byte_of.items():
             if letter not in vocab:
                 raise wrong(f"no token for byte {byte} ({letter!r}): not byte-level, or incomplete")
-        merges: dict[Pair, Pair] = {}
+        pairs, made = [], []
         for rank, entry in enumerate(listed):
             parts = entry.split(" ") if isinstance(entry, str) else entry
             if (not isinstance(parts, list) or len(parts) != 2
@@ -620,14 +643,10 @@ class BPE:
                 raise wrong(f"merge {rank} is {entry!r}: it must be two tokens of the vocabulary")
             if (token := "".join(parts)) not in vocab:
                 raise wrong(f"merge {rank} makes {token!r}, which isn't in the vocabulary")
-            pair = vocab[parts[0]], vocab[parts[1]]
-            if merges.setdefault(pair, (rank, vocab[token])) != (rank, vocab[token]):
-                raise wrong(f"the merge {entry!r} appears twice")
-        last = {made: rank for rank, made in merges.values()}      # the last merge that makes it
-        for pair, (rank, _) in merges.items():
-            for i in pair:
-                if last.get(i, -1) >= rank:
-                    raise wrong(f"merge {rank} uses the token {i}, which only merge {last[i]} makes")
+            pairs.append((vocab[parts[0]], vocab[parts[1]]))
+            made.append(vocab[token])
+        if len(set(pairs)) < len(pairs):
+            raise wrong(f"the merge {Counter(pairs).most_common(1)[0][0]} appears twice")
         bytes_of = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token)
                     else token.encode() for token, i in vocab.items()}
         whole = {}
@@ -637,7 +656,10 @@ class BPE:
                     if token not in special and byte_of.keys() >= set(token):
                         whole[bytes_of[i].decode()] = i
         bpe = cls(256 + len(special), pattern, special)
-        bpe._set(merges, special, [vocab[letter] for letter in byte_of], bytes_of.items(), whole)
+        try:
+            bpe._set(pairs, made, special, [vocab[letter] for letter in byte_of], bytes_of, whole)
+        except ValueError as error:
+            raise wrong(str(error)) from None
         bpe.vocab_size = len(bpe)
         return bpe
 
@@ -829,10 +851,9 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
                 workers.append(_start_worker())
         yield work(first.pop(0))                     # while they start
         bpe = work.__self__
-        state = {name: vars(bpe)[name] for name in ("_byte_ids", "_merges", "_whole", "_dtype")}
-        state["_known"] = dict(bpe._known)           # a copy: threads may add words meanwhile
+        state = bpe.pattern, bpe._state, dict(bpe._known)    # a copy: threads may add words
         for worker in workers:
-            send(worker, (work.__name__, bpe.pattern, state))
+            send(worker, (work.__name__, *state))
         for batch in _progress(chain(first, batches), title):
             if not workers:
                 yield work(batch)
@@ -866,9 +887,10 @@ def _work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is the caller's business
     gc.disable()                                             # nothing here makes cycles
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    job, pattern, state = pickle.load(source)
+    job, pattern, state, known = pickle.load(source)
     bpe = BPE(256, pattern)
-    vars(bpe).update(state)
+    bpe._set(*state)
+    bpe._known = known
     with contextlib.suppress(EOFError):
         while True:
             batch = pickle.load(source)
