@@ -1962,6 +1962,7 @@ NASTY = [
     "\u200b\u200d\ufffe\U0010ffff", "a.b,c;d中文。中文，"]
 SOME = [*"  \nabeé中1½'s.\r\x85\xa0😀Ж", "\u0301"]
 MORE = [*"aB1 \n'!/.,é中。，½\t(=", "  ", "\r\n", "'s", "e\u0301", "\x85", "\u3000", "\xa0", "\x1f"]
+EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/", "!\n/a", "1,2.", "a  b"]  # for cuts
 
 
 def library(name):
@@ -2178,7 +2179,7 @@ class TestBPE(Case):
         self.workers(cores=1)
         parts = NASTY[1:] + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 5) * 40]
         for pattern in (*PATTERNS, *UNCUTTABLE):
-            some = self.rng.sample(parts, 20) + ["ab cd. ", "a.b", "a \n ", "a\n", "x\n/"]
+            some = [*EDGES, *self.rng.sample(parts, 15)]
             bpe, checked = BPE(3000, pattern).fit([part * 4 for part in some] * 2), 0
             for part in some:
                 a, b = (bpe.encode(part * n) for n in (24, 36))
@@ -2347,23 +2348,25 @@ class TestBPE(Case):
                                  (bpe.merges, bpe.special_tokens, len(bpe), bpe.pattern))
 
     def test_an_interrupt_leaves_no_wrong_ids_behind(self):
-        """Ctrl-C, or no memory, at one line of BPE.py after the other."""
+        """Ctrl-C, or no memory, at each line: when it first runs, in the middle, and at last."""
         import linecache
 
         cold = pickle.dumps(self.cold(self.trained()))
         text = english(self.rng, 12) + random_text(self.rng, 25)
-        want = pickle.loads(cold).encode("aa bb cc " + text)
+        want = pickle.loads(cold).encode(text)
 
         def encode_until(stop, error):
-            lines, bpe = itertools.count(1), pickle.loads(cold)
+            lines, bpe = [], pickle.loads(cold)
 
             def trace(frame, event, argument):
                 if frame.f_globals.get("__name__") != "BPE":
                     return None
                 line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
                 # At `with`, a tracer could raise where no signal can: just before __exit__.
-                if event == "line" and line[0] != "with" and next(lines) == stop:
-                    raise error
+                if event == "line" and line[0] != "with":
+                    lines.append(frame.f_lineno)
+                    if len(lines) == stop:
+                        raise error
                 return trace
 
             before = sys.gettrace()
@@ -2374,13 +2377,16 @@ class TestBPE(Case):
                 pass
             finally:
                 sys.settrace(before)
-            return bpe, next(lines)
+            return bpe, lines
 
-        total = encode_until(-1, KeyboardInterrupt)[1]
-        self.assertGreater(total, 10)
-        for stop in range(1, total, max(1, total // 300)):
+        visits = {}
+        for stop, line in enumerate(encode_until(-1, KeyboardInterrupt)[1], 1):
+            visits.setdefault(line, []).append(stop)
+        self.assertGreater(len(visits), 10)
+        for stop in sorted({v[i] for v in visits.values() for i in (0, len(v) // 2, -1)}):
             bpe, _ = encode_until(stop, (KeyboardInterrupt, MemoryError)[stop % 2])
-            self.assertEqual(bpe.encode("aa bb cc " + text), want, stop)
+            self.assertEqual(bpe.decode(bpe.encode("aa bb cc")), "aa bb cc")
+            self.assertEqual(bpe.encode(text), want)
 
     # --- the libraries
 
@@ -2521,7 +2527,8 @@ class TestBPE(Case):
     def test_files_stay_the_same_to_the_byte(self):
         import hashlib
 
-        for pattern, digest in ((GPT2_PATTERN, "effe9915dd48ebb6"), (GPT4_PATTERN, "0a5cf5cdfa282bb4")):
+        digests = {GPT2_PATTERN: "effe9915dd48ebb6", GPT4_PATTERN: "0a5cf5cdfa282bb4"}
+        for pattern, digest in digests.items():
             bpe = BPE(300, pattern, ["<|endoftext|>"]).fit("low lower lowest, é中 12345\n" * 2)
             bpe.save("t.json")
             self.assertEqual(hashlib.sha256(Path("t.json").read_bytes()).hexdigest()[:16], digest)
@@ -2660,7 +2667,7 @@ class TestBPE(Case):
 
     def test_read_text(self):
         """Pieces are the text, and no word crosses from one to the next, whatever stands there."""
-        parts = NASTY[1:] + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 25]
+        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 20]
         borders, splits = 0, [explicit_classes(pattern) for pattern in PATTERNS]
         for part in parts:
             text = "\ufeff\r\n" + part * (600_000 // len(part.encode()))
@@ -2718,7 +2725,7 @@ class TestBPE(Case):
         return started
 
     def test_workers_give_the_same(self):
-        text, special = self.corpus(200_000), "<|endoftext|>"
+        text, special = self.corpus(200_000), "<|doc|>"
         alone = BPE(500, special_tokens=[special]).fit(text)
         end, want = alone.special_tokens[special], alone.encode(text)
         started = self.workers()
@@ -2765,7 +2772,7 @@ class TestBPE(Case):
         self.assertGreater(len(started), 1)
         if os.name == "nt":
             self.skipTest("no shell scripts here that stand in for workers")
-        for says in ("exit 1", "echo hello", "echo Info: x", "echo coverage on", "cat"):
+        for says in ("exit 1", "echo hello", "echo Info: x", "echo coverage on"):
             Path("fake").write_text(f"#!/bin/sh\n{says}\n")
             os.chmod("fake", 0o755)
             fake = mock.patch.object(sys, "executable", str(self.folder / "fake"))
@@ -2786,13 +2793,13 @@ class TestBPE(Case):
         subprocess.Popen = Process
         text = "it was the best of times, it was the worst of times é " * 4000
         bpe = BPE.BPE(270).fit(text)
-        print(len(bpe), bpe.decode(bpe.encode(text)) == text, len(started))
-        if os.name != "nt":  # ended from here or in order: no worker died of an error
-            print([worker.returncode for worker in started if worker.returncode > 0])
+        same = bpe.decode(bpe.encode(text)) == text
+        died = [p.returncode for p in started if p.returncode > 0 and os.name != "nt"]
+        print(len(bpe), same, len(started), died)  # 0: ended in order; below: ended by a signal
         """)
 
     def works(self, *arguments, **options):
-        self.assertRegex(self.python(*arguments, **options), r"270 True 4\n(\[\]\n)?$")
+        self.assertIn("270 True 4 []", self.python(*arguments, **options))
         self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs the script again
 
     def test_workers_of_a_script_without_main_guard(self):
