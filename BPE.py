@@ -1,16 +1,15 @@
 """Byte-level byte-pair encoding (BPE): text <-> bytes <-> ids; the file is a tokenizer.json.
 
-A text is split into words (letters, numbers, punctuation, white space) by a regular expression
-(GPT-2, Radford et al. 2019). BPE (Sennrich et al. 2016) starts from the 256 bytes and makes the
-most frequent pair of neighbours inside the words a new token, again and again. To encode a word is
-to make the same merges in the same order. Five parts; stop reading after any of them:
+A regular expression splits a text into words (GPT-2, Radford et al. 2019). BPE (Sennrich et al.
+2016) starts from the 256 bytes and makes the most frequent pair of neighbours inside the words a
+new token, again and again. To encode is to make the same merges in the same order. Five parts;
+stop reading after any of them:
 
 1. The idea: textbook code, complete, exact and slow.
-2. The engine: the same merges on all words at once. `fit` and `encode` differ only in which pair is
-   next: the most frequent, or the one learned first.
+2. The engine: the same merges in all words at once, on arrays.
 3. The split: text -> words.
 4. The class: fit, encode, decode, save, load.
-5. Large texts: files, and worker processes.
+5. Large texts: files and worker processes.
 
 Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown.
 Left out: normalizers, dropout, scripts (\\p{Han}) and \\w in patterns. Ids equal those of tiktoken,
@@ -24,11 +23,9 @@ Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no t
 >>> bpe.encode("slow"), bpe.decode([115, 257])
 ([115, 257], 'slow')
 """
-
 import codecs
 import contextlib
 import functools
-import gc
 import heapq
 import json
 import os
@@ -37,16 +34,15 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, cycle, islice, pairwise
 
 import numpy as np
 
 Pair = tuple[int, int]                      # the ids of two neighbours: (left, right)
 
 # --- 1. the idea ----------------------------------------------------------------------------------
-
 
 def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
     """Replaces each occurrence of the pair by the id new, from left to right.
@@ -72,7 +68,7 @@ def textbook_fit(words: list[str], num_merges: int) -> list[Pair]:
     ids = [list(word.encode()) for word in words]
     merges: list[Pair] = []
     for new in range(256, 256 + num_merges):
-        counts = Counter(chain.from_iterable(map(pairwise, ids)))
+        counts = Counter(pair for word in ids for pair in pairwise(word))
         best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
         if best is None or counts[best] < 2:
             break                                    # nothing occurs twice
@@ -102,8 +98,8 @@ class Words:
     """All words in one array of ids. A place in it keeps its number: merging writes the new id at
     the left place of a pair and takes the right place out of the chain of neighbours.
 
-    >>> words = Words(["low", "lower"], range(256))      # places: 0 low 4 lower 10, borders 0 4 10
-    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; pairs that begin here changed:
+    >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
+    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
     array([0, 1, 4, 5])
     >>> words.id.tolist(), int(words.next[1])
     ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
@@ -121,7 +117,7 @@ class Words:
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
         """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
-        the places where another pair begins now: these, and those before them."""
+        where another pair begins now: these places and those before them."""
         gone = self.next[places]
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
@@ -139,7 +135,7 @@ class Words:
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each item continues a run -> where its run starts, and whether it is the run's first,
-    third ...: of the pairs in aaaaa, the ones to merge."""
+    third ...: of the pairs in aaaaa, those to merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -149,8 +145,8 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
     often each word occurs.
 
-    A pair's places are noted once, when the later of its two ids is made. So a count can only fall:
-    when a pair leaves the heap, it is counted again and, if it has lost places, put back."""
+    A pair's places are noted once, when the later of its two ids is made. So its count can only
+    fall: when it leaves the heap, it is counted again and, if it has lost places, put back."""
     weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
@@ -160,7 +156,6 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
         pair, places = pair[by_pair], places[by_pair]
         start = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
         count = np.add.reduceat(weight[places], start).tolist()
-        start = start.tolist()
         for n, p, i, j in zip(count, pair[start].tolist(), start, [*start[1:], None], strict=True):
             if n > 1 and p >= 0:
                 heapq.heappush(heap, (-n, p, places[i:j]))
@@ -184,26 +179,26 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The merges, ready to be made in many words at once.
+    """The learned merges, to be made in their order in many words at once.
 
-    Many merges can be made together: a *band* is a run of merges none of which uses what another
-    one of them makes. So all pairs of the lowest band are there when it is taken up; where two of
-    them overlap, the lower rank goes first."""
+    Many ranks can be made together: a *band* is a run of merges none of which uses what another one
+    of them makes. So all pairs of the lowest band are there when its turn comes; where two of them
+    overlap, the lower rank goes first."""
 
-    def __init__(self, merges: list[Pair], made: list[int]):
+    def __init__(self, merges: list[Pair], made: Iterable[int]):
         pair = np.array([left << 32 | right for left, right in merges], np.int64)
         self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
         self.rank = np.append(np.argsort(pair), self.none)
         self.pair = np.append(pair[self.rank[:-1]], np.iinfo(np.int64).max)        # sorted
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        band, end = [0], self.none                       # end: where the band ends at the latest
+        band, end = [0], self.none                       # end: the first rank behind the band
         for rank, i in enumerate(made):
             if first_use.get(i, self.none) <= rank:
                 raise ValueError(f"merge {first_use[i]} uses the token {i}, "
                                  f"which only merge {rank} makes")
             band.append(band[-1] + (rank == end))
             end = min(self.none if rank == end else end, first_use.get(i, self.none))
-        self.band = np.array([*band[1:], band[-1] + 1])
+        self.band = np.array([*band[1:], band[-1] + 1], np.uint32)
 
     def look_up(self, pair: np.ndarray) -> np.ndarray:
         """Pairs -> the ranks of their merges, or none."""
@@ -211,9 +206,9 @@ class Merges:
         return np.where(self.pair[i] == pair, self.rank[i], self.none)
 
     def apply(self, words: Words) -> None:
-        """Makes all merges, with the result of making them one by one, in order."""
+        """Makes all merges, with the result of making them one by one."""
         rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))), self.none)
-        band = self.band[rank].astype(np.min_scalar_type(self.band[-1]))
+        band = self.band[rank]                           # (N,), of the pair that begins here
         while (lowest := band.min()) < self.band[-1]:
             at = np.flatnonzero(band == lowest)
             here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
@@ -221,9 +216,8 @@ class Merges:
             at = at[odd & (before > here)[start] & (after >= here)]
             gone = words.next[at]
             changed = words.join(at, self.made[rank[at]])
-            rank[gone] = self.none
+            rank[gone], band[gone] = self.none, self.band[-1]
             rank[changed] = self.look_up(words.pairs(changed))
-            changed = np.concatenate((gone, changed))
             band[changed] = self.band[rank[changed]]
 
 
@@ -234,99 +228,91 @@ GPT4_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}""
                 r"""| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""")
 LLAMA3_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
                   r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-O200K_PATTERN = "|".join((
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-    r"""\p{N}{1,3}""", r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""", r"""\s*[\r\n]+""", r"""\s+(?!\S)""",
-    r"""\s+"""))
-# What is known of these: they match everywhere, and none of their words crosses a CUT.
+O200K_PATTERN = "".join(fr"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{a}"
+                        fr"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+                        for a, b in ("*+", "+*")) + (
+    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
+# Of these is known that they match everywhere and that no word of theirs crosses a CUT.
 KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
-         LLAMA3_PATTERN.replace("{1,3}", "")}                           # the last: Qwen 2
+         QWEN2_PATTERN := LLAMA3_PATTERN.replace("{1,3}", "")}
 
 # Before a space behind a non-space, behind a single line end between non-spaces, between a letter
 # and one of these signs. (`re` counts more as \s than Unicode does.)
-SIGNS = ",.;:!?(){}=<>\"，。、；：！？"
-CUT = re.compile(rf"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])|(?<=[^\W\d_])(?=[{SIGNS}])")
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])"
+                 r"|(?<=[^\W\d_])(?=[,.;:!?(){}=<>\"，。、；：！？])")
 
+# `re` knows no \p{L}. So a text's characters are folded to 161 letters, and the pattern is
+# translated to them: ASCII stays, another character becomes the letter of its category. \x85, a
+# line end, and long s and the Kelvin sign, an s and a k to (?i:...), have letters of their own.
 CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
               "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
-# Characters that a pattern can tell from others of their category: a line end, and long s and the
-# Kelvin sign, which are an s and a k to (?i:...).
-SINGLED_OUT = {"\x85": "Cc", "\u017f": "Ll", "\u212a": "Lu"}
+CATEGORY_OF = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES + ["Cc", "Ll", "Lu"]
+NEXT_LINE, LONG_S, KELVIN = 158, 159, 160
+EVERY = set(range(161))
+SPACE = {b for b in EVERY if CATEGORY_OF[b][0] == "Z" or 9 <= b <= 13} | {NEXT_LINE}
+FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category hasn't been asked yet
+FOLD[:128] = range(128)
+FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
+
 # One item of a pattern: class name, set, white space, (?i:...), end of the text, anything else.
 ITEM = re.compile(r"\\[pP](?:\{(?P<name>\^?\w+)\}|(?P<short>\w))|(?P<set>\[(?:\\.|[^][\\])+\])"
                   r"|(?P<space>\\[sS])|(?P<any>\(\?i:[^()]*\))|(?P<end>\$|\\z)|\\[rntf]|\\[^\w\s]"
                   r"|\(\?[:=!>]|\((?!\?)|[)|.]|[*+?][+?]?|\{\d+(?:,\d*)?\}[+?]?"
-                  r"|(?P<char>[^][\\(){}^$])")
+                  r"|[^][\\(){}^$]")
+
+
+def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> str:
+    """One item of a pattern, in folded letters; ValueError for what can't be translated."""
+    text = item[0]
+    if name := item["name"] or item["short"]:
+        found = {b for b in EVERY if CATEGORY_OF[b].startswith(name.lstrip("^"))}
+        if not found:
+            raise ValueError(f"{text}: give a general category of Unicode, such as L, Lu or N")
+        found = EVERY - found if (text[1] == "P") != (name[0] == "^") else found
+    elif item["space"]:
+        found = SPACE if text == r"\s" else EVERY - SPACE
+    elif item["set"]:
+        if re.search(r"&&|--|~~|\|\|", text) or any_case and "-" in text:
+            raise ValueError(f"{text}: no ranges in (?i:), no calculating with sets")
+        head = 2 if text[1] == "^" else 1
+        inside = functools.partial(translate, in_set=True, any_case=any_case)
+        return text[:head] + ITEM.sub(inside, text[head:-1]) + "]"
+    elif item["any"]:
+        return f"(?i:{ITEM.sub(functools.partial(translate, any_case=True), text[4:-1])})"
+    elif item["end"] and not in_set:
+        return r"\Z"                                     # the very end, which $ isn't in `re`
+    elif any_case and text in "sSkK":
+        found = {ord(text), LONG_S if text in "sS" else KELVIN}
+    elif not text.isascii():
+        raise ValueError(f"{text}: a pattern can name ASCII and classes")
+    else:
+        return "(?:" if text == "(" and not in_set else text
+    folded = "".join(f"\\x{b:02x}" for b in sorted(found))
+    return folded if in_set else f"[{folded}]"
 
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
-
-    `re` has no \\p{L}. So each character outside ASCII is folded to one letter, 128 + the number of
-    its Unicode category, and the pattern is translated to that alphabet, where \\p{L} is a small
-    set. ValueError for a pattern that can't be translated, and for text with lone surrogates.
-    """
+    ValueError for a pattern that can't be translated, and for text with lone surrogates."""
 
     def __init__(self, pattern: str):
         self.pattern, self.known = pattern, pattern in KNOWN
-        # folded letter -> its category
-        self.category = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES
-        self.singled_out = {c: len(self.category) + i for i, c in enumerate(SINGLED_OUT)}
-        self.category += SINGLED_OUT.values()
-        self.fold = np.full(sys.maxunicode + 1, 255, np.uint8)             # 255: not met so far
-        self.fold[:128] = np.arange(128)
-        self.fold[list(map(ord, SINGLED_OUT))] = list(self.singled_out.values())
-        if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
-            raise self.error("it has something else than classes, sets, groups and repetitions")
         try:
-            text = ITEM.sub(self.translate, pattern)
+            if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
+                raise ValueError("it has something else than classes, sets, groups and repetitions")
+            text = ITEM.sub(translate, pattern)
             # | ?[..]+| as | [..]+|[..]+|: the same attempts in the same order, 8 % faster in `re`.
             text = re.sub(r"(?<=[^\\]\|) \?(\[(?:\\.|[^]\\])*\]\+)(?=\|)", r" \1|\1", text)
             if re.match(text, "", re.ASCII):
-                raise self.error("it matches the empty text")
+                raise ValueError("it matches the empty text")
             # What a pattern leaves out becomes a word of its own: no text gets lost.
             rest = "" if self.known else f"|(?:(?!{text})[\\x00-\\xff])+"
-            self.all = re.compile(text + rest, re.ASCII).findall
-        except re.error as error:
+            self.find_all = re.compile(text + rest, re.ASCII).findall
+        except (ValueError, re.error) as error:
             raise self.error(str(error)) from None
 
     def error(self, why: str) -> ValueError:
         return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT2_PATTERN")
-
-    def translate(self, item: re.Match, in_set: bool = False, any_case: bool = False) -> str:
-        """One item of the pattern, in folded letters."""
-        everything, text = set(range(len(self.category))), item[0]
-        if name := item["name"] or item["short"]:
-            found = {b for b in everything if self.category[b].startswith(name.lstrip("^"))}
-            if not found:
-                raise self.error(f"{text}: give a general category of Unicode, such as L, Lu or N")
-            if (text[1] == "P") != (name[0] == "^"):
-                found = everything - found
-        elif item["space"]:
-            found = {b for b in everything if self.category[b][0] == "Z" or 9 <= b <= 13}
-            found.add(self.singled_out["\x85"])
-            found = found if text == r"\s" else everything - found
-        elif item["set"]:
-            if re.search(r"&&|--|~~|\|\|", text) or any_case and "-" in text:
-                raise self.error(f"{text}: no ranges in (?i:), no calculating with sets")
-            inside = functools.partial(self.translate, in_set=True, any_case=any_case)
-            head = 2 if text[1] == "^" else 1
-            return text[:head] + ITEM.sub(inside, text[head:-1]) + "]"
-        elif item["any"]:
-            return f"(?i:{ITEM.sub(functools.partial(self.translate, any_case=True), text[4:-1])})"
-        elif item["end"] and not in_set:
-            return r"\Z"                                    # the very end, which $ isn't in `re`
-        elif any_case and text in "sSkK":
-            found = {ord(text), self.singled_out["\u017f" if text in "sS" else "\u212a"]}
-        elif not text.isascii():
-            raise self.error(f"{text}: only ASCII and classes can stand in a pattern")
-        else:
-            return "(?:" if text == "(" and not in_set else text
-        folded = "".join(f"\\x{b:02x}" for b in sorted(found))
-        return folded if in_set else f"[{folded}]"
 
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text."""
@@ -338,18 +324,14 @@ class Splitter:
             raise ValueError(
                 f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is no "
                 "character: replace it (text.encode('utf-8', 'replace').decode())") from None
-        folded = self.fold[code]
-        if (unmet := folded == 255).any():
-            for c in np.unique(code[unmet]).tolist():
-                self.fold[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-            folded = self.fold[code]
-        words = self.words_of(folded.tobytes().decode("latin-1"))
+        for c in np.unique(code[FOLD[code] == 255]).tolist():
+            FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
+        words = self.words_of(FOLD[code].tobytes().decode("latin-1"))
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
     def words_of(self, folded: str) -> list[str]:
-        """A pattern that matches nothing in front of something gives '' and loses a character."""
-        words = self.all(folded)
-        if not self.known and sum(map(len, words)) != len(folded):
+        words = self.find_all(folded)
+        if not self.known and sum(map(len, words)) != len(folded):     # '' found, a letter lost
             raise self.error("it matches the empty text")
         return words
 
@@ -366,7 +348,8 @@ class Splitter:
 
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
-CACHE_BYTES = 1 << 27  # that the memory of words may take, about; then it starts again
+CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
+CACHE_BYTES = 1 << 26  # ... and bytes in them, before the memory starts again
 
 
 class BPE:
@@ -388,58 +371,57 @@ class BPE:
                              f"need {256 + len(names)} or more")
         self.vocab_size, self.pattern = int(vocab_size), pattern
         self._split = Splitter(pattern)
-        self._set([], [], {name: 256 + i for i, name in enumerate(names)})
+        self._set([], range(0), names)
 
-    def _set(self, merges: list[Pair], made: list[int], special: dict[str, int],
-             byte_ids: Iterable[int] = range(256), others: dict[int, bytes] = {}, whole: dict = {}):
-        """made: the ids that the merges make. others: (id, bytes) of tokens that no merge makes.
-        whole: (word, id) of words that are one token, whatever the merges say. All is replaced at
-        once, so that an interrupt leaves the old tokenizer or the new one."""
-        of_id = {i: bytes([b]) for b, i in enumerate(byte_ids)} | dict(others)
+    def _set(self, merges: list[Pair], made: Iterable[int], special: Iterable[str] | dict,
+             byte_ids: Iterable[int] = range(256), others: dict[int, bytes] | None = None,
+             whole: dict[str, int] | None = None) -> None:
+        """made: the ids that the merges make. special: {name: id}, or names that get the next ids.
+        others: tokens that no merge makes. whole: words that are one token, whatever the merges
+        say. All is replaced at once: an interrupt leaves the old tokenizer or the new one."""
+        if not isinstance(special, dict):
+            special = {name: i for i, name in enumerate(special, 256 + len(merges))}
+        token = {i: bytes([b]) for b, i in enumerate(byte_ids)} | (others or {})
         for (left, right), i in zip(merges, made, strict=True):
-            of_id[i] = of_id[left] + of_id[right]
-        of_id |= {i: name.encode() for name, i in special.items()}
+            token[i] = token[left] + token[right]
+        token |= {i: name.encode() for name, i in special.items()}
         vars(self).update(
-            merges=merges, special_tokens=special, _merges=Merges(merges, made), _bytes=of_id,
-            _byte_ids=list(byte_ids), _whole=dict(whole), _known={}, _room=CACHE_BYTES,
-            _dtype=np.dtype(np.uint16 if max(of_id) < 65536 else np.uint32),
+            merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
+            _merges=Merges(merges, made), _whole=whole or {}, _known={}, _room=CACHE_BYTES,
+            _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32),
             _state=(merges, made, special, byte_ids, others, whole))
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
-        return max(self._bytes) + 1
+        return max(self._token) + 1
 
     def fit(self, text: str | Iterable[str]) -> "BPE":
         """Learns the merges from a text, or an iterable of texts (read once, never held whole).
 
         Words don't cross the texts of an iterable. The next merge is the most frequent pair inside
         the words, ties go to the smaller (left id, right id). It stops early when no pair occurs
-        twice. An item that is no str, or has lone surrogates, is a ValueError. A special token's
+        twice. An item that is no str, or has lone surrogates, is a ValueError; a special token's
         name in a text is plain text, and a warning.
         """
         written: Counter[str] = Counter()
 
-        def watched(items: Iterable[str]) -> Iterator[str]:
-            for item in items:
-                if isinstance(item, str):
-                    written.update({name: item.count(name) for name in self.special_tokens})
-                yield item
+        def watch(item: str) -> str:
+            for name in self.special_tokens if isinstance(item, str) else ():
+                written[name] += item.count(name)
+            return item
 
+        batches = self._batches(map(watch, [text] if isinstance(text, str) else text), ids=False)
         counts: Counter[str] = Counter()
-        batches = self._batches(watched([text] if isinstance(text, str) else text), ids=False)
         for part in spread(self._count, batches, "counting words"):
             counts.update(part)
         for name, times in (+written).items():
-            warnings.warn(f"{name!r} is written {times} times in the text and is plain text there, "
-                          "not the special token: where it divides documents, cut the text there "
-                          "and encode_file them with its id between them", stacklevel=2)
-        words, special = Words(counts, range(256)), list(self.special_tokens)
-        wanted = self.vocab_size - 256 - len(special)
-        with _without_gc():
-            merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        made = range(256, 256 + len(merges))
-        self._set(merges, made, {name: 256 + len(merges) + i for i, name in enumerate(special)})
-        self._remember(self._known, dict(zip(counts, words.results(self._dtype), strict=True)))
+            warnings.warn(f"{name!r} is written {times} times in the text, where it is plain text, "
+                          "not the special token: if it divides documents, cut the text there and "
+                          "give encode_file its id between them", stacklevel=2)
+        words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
+        merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
+        self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
+        self._remember(self._known, counts, words)
         return self
 
     def _count(self, pieces: list[str]) -> Counter[str]:
@@ -466,29 +448,26 @@ class BPE:
         return ids
 
     def _encode(self, pieces: list[str | int]) -> bytes:
-        """Texts and ready ids -> the bytes of their array. Each word is encoded once and remembered
-        with its ids, in one step: no interrupt leaves half of it, and threads may share it."""
-        known = self._known
-        words: list[str | int] = []
+        """Texts and ready ids -> their ids, as the bytes of an array."""
+        known, words = self._known, []       # this one, though another thread may start a new one
         for piece in pieces:
             words += self._split(piece) if isinstance(piece, str) else [piece]
         if new := set(words).difference(known):
-            whole = {word: self._whole.get(word, word) for word in new
+            ready = {word: self._whole.get(word, word) for word in new
                      if isinstance(word, int) or word in self._whole}
-            listed = list(new.difference(whole))
+            known |= {word: np.array(i, self._dtype).tobytes() for word, i in ready.items()}
+            listed = [word for word in new if word not in ready]
             merging = Words(listed, self._byte_ids)
             self._merges.apply(merging)
-            fresh = dict(zip(listed, merging.results(self._dtype), strict=True))
-            fresh |= {word: np.array(i, self._dtype).tobytes() for word, i in whole.items()}
-            self._remember(known, fresh)
+            self._remember(known, listed, merging)
         return b"".join(map(known.__getitem__, words))
 
-    def _remember(self, known: dict, fresh: dict) -> None:
-        known.update(fresh)
-        self._room -= 250 * len(fresh) + sum(map(len, fresh.values()))
-        self._room -= sum(2 * len(word) for word in fresh if isinstance(word, str))
-        if self._room < 0:
-            self._known, self._room = {}, CACHE_BYTES    # who is reading the old one goes on with it
+    def _remember(self, known: dict, listed: Iterable[str], words: Words) -> None:
+        """Words and their ids go into the memory in one step, so no interrupt parts them."""
+        known |= zip(listed, words.results(self._dtype), strict=True)
+        self._room -= 3 * len(words.id)
+        if len(known) > CACHE_WORDS or self._room < 0:
+            self._known, self._room = {}, CACHE_BYTES
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
                     out_path: str | os.PathLike) -> int:
@@ -496,7 +475,7 @@ class BPE:
         file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
 
         An int in the iterable is an id, written as it is (a special token between documents).
-        Memory is bounded (for a pattern in KNOWN); the file takes its place only when it is
+        Memory is bounded (if the pattern is one of KNOWN); the file takes its place only when it is
         complete. Not UTF-8, lone surrogates, an unknown id: ValueError.
         """
         if isinstance(source, (str, os.PathLike)):
@@ -516,7 +495,7 @@ class BPE:
         """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
         batch, size = [], 0
         for item in items:
-            if not isinstance(item, str) and not (ids and item in self._bytes):
+            if not isinstance(item, str) and not (ids and item in self._token):
                 no_id = f" and no id (0 to {len(self) - 1})" if ids else ""
                 raise ValueError(f"{item!r} is no text{no_id}")
             begin, length = 0, len(item) if isinstance(item, str) else 1
@@ -537,9 +516,9 @@ class BPE:
         is a ValueError."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         try:
-            return b"".join(map(self._bytes.__getitem__, ids))
+            return b"".join(map(self._token.__getitem__, ids))
         except (KeyError, TypeError):
-            wrong = next(i for i in ids if isinstance(i, list) or i not in self._bytes)
+            wrong = next(i for i in ids if isinstance(i, list) or i not in self._token)
             raise ValueError(f"{wrong!r} is no id of this tokenizer (0 to {len(self) - 1}): "
                              "does it belong to the model?") from None
 
@@ -566,8 +545,7 @@ class BPE:
         tokens in a text for what they are (our allow_special=True). ValueError for what the format
         can't express.
         """
-        letter = _byte_letters()
-        name = {i: "".join(map(letter.__getitem__, token)) for i, token in self._bytes.items()}
+        name = {i: "".join(map(_byte_letters().__getitem__, t)) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             twice = Counter(name.values()).most_common(1)[0][0]
@@ -589,8 +567,7 @@ class BPE:
                         "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": bool(self._whole),
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(self._whole),
                       "vocab": {name[i]: i for i in sorted(name)},
                       "merges": [[name[left], name[right]] for left, right in self.merges]}}
         with _replace(path) as file:
@@ -600,66 +577,58 @@ class BPE:
     def load(cls, path: str | os.PathLike) -> "BPE":
         """Reads a byte-level BPE tokenizer.json, ours or another's; ids are as in the file. What
         is broken or can't be done exactly is a ValueError that names it."""
-        def wrong(why: str) -> ValueError:
-            return ValueError(f"{os.fspath(path)}: {why}")
-
-        def once(pairs: list) -> dict:
-            if len(found := dict(pairs)) < len(pairs):
-                twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-                raise wrong(f"{twice!r} appears twice")
-            return found
-
         try:
             with open(path, encoding="utf-8") as file:
-                data = json.load(file, object_pairs_hook=once)
-            model = data["model"]
-            vocab, listed = model["vocab"], model["merges"]
-            special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-            if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
-                raise wrong(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
-            pattern = _read_settings(data, wrong)
+                return cls._read(json.load(file, object_pairs_hook=_once))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise wrong(f"no complete tokenizer.json ({error}): save it again") from None
+            why = f"no complete tokenizer.json ({error}): save it again"
         except (KeyError, TypeError, AttributeError) as error:
-            raise wrong(f"no tokenizer.json of a BPE model ({error!r})") from None
+            why = f"no tokenizer.json of a BPE model ({error!r})"
+        except ValueError as error:
+            why = str(error)
+        raise ValueError(f"{os.fspath(path)}: {why}")
 
-        token_of: dict[int, str] = {}
+    @classmethod
+    def _read(cls, data: dict) -> "BPE":
+        """The tokenizer that the content of a tokenizer.json describes."""
+        model = data["model"]
+        vocab, listed = model["vocab"], model["merges"]
+        special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
+            raise ValueError(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
+        pattern, token_of = _read_settings(data), {}
         for token, i in chain(vocab.items(), special.items()):
             if type(i) is not int or not 0 <= i < 1 << 31:
-                raise wrong(f"id {i!r} of {token!r}: ids are whole numbers from 0 to 2**31 - 1")
+                raise ValueError(f"id {i!r} of {token!r}: ids are integers from 0 to 2**31 - 1")
             if token_of.setdefault(i, token) != token:
-                raise wrong(f"id {i} belongs to both {token_of[i]!r} and {token!r}")
+                raise ValueError(f"id {i} belongs to both {token_of[i]!r} and {token!r}")
             if vocab.get(token, i) != i:
-                raise wrong(f"{token!r} has id {vocab[token]} in the vocabulary, added it has {i}")
+                raise ValueError(f"{token!r} has id {vocab[token]} in the vocabulary, added {i}")
         byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
         for letter, byte in byte_of.items():
             if letter not in vocab:
-                raise wrong(f"no token for byte {byte} ({letter!r}): not byte-level, or incomplete")
-        pairs, made = [], []
+                raise ValueError(f"no token for byte {byte} ({letter!r}): not byte-level?")
+        merges, made = [], []
         for rank, entry in enumerate(listed):
             parts = entry.split(" ") if isinstance(entry, str) else entry
             if (not isinstance(parts, list) or len(parts) != 2
-                    or not all(isinstance(p, str) and p in vocab for p in parts)):
-                raise wrong(f"merge {rank} is {entry!r}: it must be two tokens of the vocabulary")
-            if (token := "".join(parts)) not in vocab:
-                raise wrong(f"merge {rank} makes {token!r}, which isn't in the vocabulary")
-            pairs.append((vocab[parts[0]], vocab[parts[1]]))
-            made.append(vocab[token])
-        if len(set(pairs)) < len(pairs):
-            raise wrong(f"the merge {Counter(pairs).most_common(1)[0][0]} appears twice")
-        bytes_of = {i: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token)
-                    else token.encode() for token, i in vocab.items()}
-        whole = {}
-        if model.get("ignore_merges"):     # a word that is a token is that token
-            for token, i in vocab.items():
+                    or not all(isinstance(p, str) and p in vocab for p in parts)
+                    or "".join(parts) not in vocab):
+                raise ValueError(f"merge {rank} is {entry!r}: it must be two tokens that make a "
+                                 "third, all of them in the vocabulary")
+            merges.append((vocab[parts[0]], vocab[parts[1]]))
+            made.append(vocab["".join(parts)])
+        if len(set(merges)) < len(merges):
+            raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
+        others, whole = {}, {}
+        for token, i in vocab.items():
+            byte_level = byte_of.keys() >= set(token)
+            others[i] = bytes(map(byte_of.get, token)) if byte_level else token.encode()
+            if model.get("ignore_merges") and byte_level and token not in special:
                 with contextlib.suppress(UnicodeDecodeError):
-                    if token not in special and byte_of.keys() >= set(token):
-                        whole[bytes_of[i].decode()] = i
+                    whole[others[i].decode()] = i        # a word that is a token is taken whole
         bpe = cls(256 + len(special), pattern, special)
-        try:
-            bpe._set(pairs, made, special, [vocab[letter] for letter in byte_of], bytes_of, whole)
-        except ValueError as error:
-            raise wrong(str(error)) from None
+        bpe._set(merges, made, special, list(map(vocab.get, byte_of)), others, whole)
         bpe.vocab_size = len(bpe)
         return bpe
 
@@ -669,7 +638,7 @@ NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rst
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
 
 
-def _read_settings(data: dict, wrong: Callable[[str], ValueError]) -> str:
+def _read_settings(data: dict) -> str:
     """Refuses by name what BPE.load can't do exactly; returns the split pattern."""
     def adds_nothing(step: dict) -> bool:
         return (step["type"] == "ByteLevel"
@@ -677,38 +646,41 @@ def _read_settings(data: dict, wrong: Callable[[str], ValueError]) -> str:
                 or step["type"] == "TemplateProcessing"
                 and [list(part) for part in step.get("single") or ()] == [["Sequence"]])
 
-    before = data.get("pre_tokenizer") or {"type": None}
+    before, after, decoder = (data.get(name) or {"type": kind} for name, kind in (
+        ("pre_tokenizer", None), ("post_processor", "ByteLevel"), ("decoder", "ByteLevel")))
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
-    names, split, level = [step["type"] for step in steps], steps[0], steps[-1]
-    pattern = split.get("pattern", {}).get("Regex") if len(steps) == 2 else GPT2_PATTERN
-    after, decoder = (data.get(name) or {"type": "ByteLevel"}
-                      for name in ("post_processor", "decoder"))
-    odd = re.search(r"\{[\d,]+\}\+|\$|\\Z", pattern or "")
-    way = split.get("behavior"), bool(split.get("invert"))
-    for exact, setting, why in [
-            *((not value, f"{name} {repr(value)[:60]}" + (
-                f" of {part['content']!r}" if "content" in part else ""),
-               "set it to null or false if you can do without it")
-              for part in (data, data["model"], *(data.get("added_tokens") or []))
-              for name, value in part.items() if name in NOT_DONE),
-            (adds_nothing(after), f"post_processor {after['type']}", "it may add tokens"),
-            (decoder["type"] == "ByteLevel", f"decoder {decoder['type']}", "ByteLevel or null can"),
-            (names in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer {names}",
-             "ByteLevel can, also after a Split"),
-            (not level.get("add_prefix_space", True), "add_prefix_space",
-             "set it to false and begin with a space"),
-            (level.get("use_regex", True) == (len(steps) == 1), "use_regex",
-             "true for ByteLevel alone, false after a Split"),
-            (pattern is not None, "Split by a string", "a Regex can"),
-            (not odd, f"Split with {odd and odd[0]!r}", "libraries read it in different ways"),
-            (len(steps) == 1 or way == ("Isolated", False)
-             or way == ("Removed", True) and pattern in KNOWN,
-             "Split with behavior={}, invert={}".format(*way), "Isolated, false can")]:
-        if not exact:
-            raise wrong(f"its {setting} can't be done exactly: {why}")
+    kinds, split, level = [step["type"] for step in steps], steps[0], steps[-1]
+    pattern = split.get("pattern", {}).get("Regex", "") if len(steps) > 1 else GPT2_PATTERN
+    odd = re.search(r"\{[\d,]+\}\+|\$|\\Z", pattern)
+    way = split.get("behavior", "Isolated"), bool(split.get("invert"))
+    refused = [(value, f"{name} {repr(value)[:60]} of {part.get('content', 'the file')!r}")
+               for part in (data, data["model"], *(data.get("added_tokens") or []))
+               for name, value in part.items() if name in NOT_DONE]
+    refused += [
+        (not adds_nothing(after), f"post_processor {after['type']} (only one that adds nothing)"),
+        (decoder["type"] != "ByteLevel", f"decoder {decoder['type']} (only ByteLevel)"),
+        (kinds not in (["ByteLevel"], ["Split", "ByteLevel"]),
+         f"pre_tokenizer {kinds} (only ByteLevel, also after a Split)"),
+        (level.get("add_prefix_space", True), "add_prefix_space (begin the text with a space)"),
+        (level.get("use_regex", True) == (len(steps) > 1), "use_regex (true without a Split only)"),
+        (not pattern, "Split by a string (only by a Regex)"),
+        (odd, f"Split with {odd and odd[0]}, which libraries read in different ways"),
+        (way != ("Isolated", False) and not (way == ("Removed", True) and pattern in KNOWN),
+         "Split with behavior={}, invert={}".format(*way))]
+    for found, what in refused:
+        if found:
+            raise ValueError(f"it can't be read exactly because of its {what}")
     return pattern
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, in which no name may appear twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"{Counter(n for n, _ in pairs).most_common(1)[0][0]!r} appears twice")
+    return found
+
+
+@functools.cache
 def _byte_letters() -> list[str]:
     """The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that
     can be seen in Latin-1 for themselves, for the others those from U+0100 on."""
@@ -743,34 +715,27 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
             raw = file.read(4)
             return offset + next((i for i, b in enumerate(raw) if b & 0xC0 != 0x80), len(raw))
 
-        start, stop = to_character(start), to_character(stop)
+        stop, start = to_character(stop), to_character(start)
         file.seek(start)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        held, tail = [], ""                     # text since the last cut; its last two characters
-        while True:
-            raw = file.read(min(READ_BYTES, stop - start))
-            undecoded = len(decoder.getstate()[0])
+        decoder, held = codecs.getincrementaldecoder("utf-8")(), ""      # held: since the last cut
+        while raw := file.read(min(READ_BYTES, stop - start)):
+            undecoded, old = len(decoder.getstate()[0]), len(held)
             try:
-                text = decoder.decode(raw, final=not raw)
+                held += decoder.decode(raw, final=start + len(raw) == stop)
             except UnicodeDecodeError as error:
-                at = start - undecoded + error.start
                 raise ValueError(
-                    f"{os.fspath(path)} is not UTF-8 at byte {at} ({error.reason}): find out its "
-                    "encoding and convert it (iconv -f ENCODING -t UTF-8)") from None
+                    f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
+                    f"({error.reason}): find out its encoding and convert it "
+                    "(iconv -f ENCODING -t UTF-8)") from None
             start += len(raw)
-            if not raw:
-                break
-            joined, last = tail + text, None
-            for begin in (len(joined) - 10_000, 0):        # the last cut, most often near the end
-                last = last or deque(CUT.finditer(joined, max(begin, len(tail))), maxlen=1)
+            last: deque = deque()
+            for begin in (len(held) - 10_000, 0):          # the last cut, most often near the end
+                last = last or deque(CUT.finditer(held, max(begin, old)), maxlen=1)
             if last:
-                cut = last[0].start() - len(tail)
-                yield "".join(held) + text[:cut]
-                held, text = [], text[cut:]
-            held.append(text)
-            tail = joined[-2:]
-        if text := "".join(held):
-            yield text
+                yield held[:last[0].start()]
+                held = held[last[0].start():]
+        if held:
+            yield held
 
 
 @contextlib.contextmanager
@@ -800,71 +765,49 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
     return tqdm(items, title, total, delay=1, leave=False)
 
 
-@contextlib.contextmanager
-def _without_gc():
-    """No cycles die while pairs are merged, and the collector would walk the heap again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def spread(work: Callable[[list], object], batches: Iterator[list], title: str) -> Iterator:
     """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
     many, worker processes do it: this file run by itself, so that the caller's main module is never
     imported again and no thread is ever forked. This process does the first batch while they start,
     and any batch whose worker gives no answer."""
-    first = list(islice(batches, WORKERS_FROM))
+    first, workers, busy = list(islice(batches, WORKERS_FROM)), [], deque()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if len(first) < WORKERS_FROM or cores == 1 or getattr(sys, "frozen", False):
-        for batch in chain(first, _progress(batches, title)):    # frozen: Python isn't there to run
-            yield work(batch)
-        return
-    workers: list = []
-    busy: deque = deque()                            # (worker, the batch that it works on)
 
     def send(worker, message: object) -> None:
-        with contextlib.suppress(OSError):           # it has died: receive will find out
+        with contextlib.suppress(OSError):               # it has died: receive will find out
             pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
             worker.stdin.flush()
 
-    def give(worker, batch: list) -> None:
-        busy.append((worker, batch))
-        send(worker, batch)
-
-    def receive() -> tuple:
-        worker, batch = busy.popleft()
+    def receive(worker, batch: list) -> object:
         try:
-            answer = pickle.load(worker.stdout)
-        except Exception:
-            answer = work(batch)                     # it died, or never lived
+            answer = pickle.load(worker.stdout)["answer"]
+        except Exception:                                # it died, never lived, says something else
+            answer = work(batch)
         if isinstance(answer, Exception):
             raise answer
-        return worker, answer
+        return answer
 
     try:
-        with contextlib.suppress(OSError, NameError):            # NameError: there is no __file__
-            for _ in range(min(cores or 1, MAX_WORKERS)):
-                workers.append(_start_worker())
-        yield work(first.pop(0))                     # while they start
+        if len(first) == WORKERS_FROM and (cores or 1) > 1:
+            with contextlib.suppress(OSError, TypeError, NameError):     # no Python or file to run
+                while len(workers) < min(cores, MAX_WORKERS):
+                    workers.append(_start_worker())
+        for batch in first if not workers else [first.pop(0)]:
+            yield work(batch)                            # while they start
+        if not workers:
+            yield from map(work, _progress(batches, title))
+            return
         bpe = work.__self__
-        state = bpe.pattern, bpe._state, dict(bpe._known)    # a copy: threads may add words
+        state = work.__name__, bpe.pattern, bpe._state, dict(bpe._known)
         for worker in workers:
-            send(worker, (work.__name__, *state))
-        for batch in _progress(chain(first, batches), title):
-            if not workers:
-                yield work(batch)
-            elif len(busy) < len(workers):
-                give(workers[len(busy)], batch)
-            else:
-                worker, answer = receive()
-                give(worker, batch)
-                yield answer
+            send(worker, state)
+        for worker, batch in zip(cycle(workers), chain(first, _progress(batches, title))):
+            done = [receive(*busy.popleft())] if len(busy) == len(workers) else []
+            busy.append((worker, batch))
+            send(worker, batch)
+            yield from done
         while busy:
-            yield receive()[1]
+            yield receive(*busy.popleft())
     finally:
         for worker in workers:
             worker.kill()
@@ -874,6 +817,8 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
 def _start_worker():
     """This file as a process of its own. -P: no file beside it stands in for a standard module."""
     import subprocess
+    if getattr(sys, "frozen", False):
+        raise OSError("a frozen program is no Python that could run this file")
     return subprocess.Popen(
         [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -884,8 +829,7 @@ def _start_worker():
 def _work() -> None:
     """The main loop of a worker: batches in, answers out, until the caller closes the pipe."""
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is the caller's business
-    gc.disable()                                             # nothing here makes cycles
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the caller's business
     source, target = sys.stdin.buffer, sys.stdout.buffer
     job, pattern, state, known = pickle.load(source)
     bpe = BPE(256, pattern)
@@ -896,21 +840,18 @@ def _work() -> None:
             batch = pickle.load(source)
             try:
                 answer = getattr(bpe, job)(batch)
-            except Exception as error:                       # raised again at the caller's end
+            except Exception as error:                   # raised again at the caller's end
                 answer = error
-            pickle.dump(answer, target, pickle.HIGHEST_PROTOCOL)
+            pickle.dump({"answer": answer}, target, pickle.HIGHEST_PROTOCOL)
             target.flush()
 
 
-# --- pictures and the demo ------------------------------------------------------------------------
-
-
 def draw_tokens(tokens: list[str], path: str | os.PathLike) -> None:
-    """Draws the tokens of a text, as `show(text).split("|")` gives them, as a row of boxes: dark on
-    pale colours, nothing behind them, so that they can be read on a white and on a black page."""
+    """Draws the tokens of a text, as `show(text).split("|")` gives them, as a row of pale boxes
+    with nothing behind them, which can be read on a white and on a black page."""
     try:
         from matplotlib import colormaps
-        from matplotlib.figure import Figure             # not pyplot: it would look for a display
+        from matplotlib.figure import Figure
     except ImportError:
         print("No picture: it needs matplotlib (pip install matplotlib)")
         return
@@ -928,7 +869,7 @@ def draw_tokens(tokens: list[str], path: str | os.PathLike) -> None:
 
 
 def demo() -> None:
-    """Prints how a sentence is merged step by step, by the textbook form; the engine agrees."""
+    """Prints how the textbook form merges a sentence step by step, and that the engine agrees."""
     text = "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure."
     words = Splitter(GPT2_PATTERN)(text)
     ids = [list(word.encode()) for word in words]
