@@ -151,6 +151,8 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
+        if not len(places):
+            return
         pair = words.pairs(places)
         by_pair = np.argsort(pair, kind="stable")
         pair, places = pair[by_pair], places[by_pair]
@@ -291,6 +293,19 @@ def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> s
     return folded if in_set else f"[{folded}]"
 
 
+def fold(text: str) -> str:
+    """A text in folded letters; ValueError for lone surrogates."""
+    try:
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is no "
+            "character: replace it (text.encode('utf-8', 'replace').decode())") from None
+    for c in np.unique(code[FOLD[code] == 255]).tolist():
+        FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
+    return FOLD[code].tobytes().decode("latin-1")
+
+
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
     ValueError for a pattern that can't be translated, and for text with lone surrogates."""
@@ -316,24 +331,13 @@ class Splitter:
 
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text."""
-        if text.isascii():
-            return self.words_of(text)
-        try:
-            code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is no "
-                "character: replace it (text.encode('utf-8', 'replace').decode())") from None
-        for c in np.unique(code[FOLD[code] == 255]).tolist():
-            FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-        words = self.words_of(FOLD[code].tobytes().decode("latin-1"))
-        return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
-
-    def words_of(self, folded: str) -> list[str]:
+        folded = text if text.isascii() else fold(text)
         words = self.find_all(folded)
-        if not self.known and sum(map(len, words)) != len(folded):     # '' found, a letter lost
+        if not self.known and "" in words:               # in front of something, say: a*(?=b)
             raise self.error("it matches the empty text")
-        return words
+        if folded is text:
+            return words
+        return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
     def for_oniguruma(self) -> str:
         """The same pattern for the engine of the library tokenizers, where $ also matches at a
@@ -599,7 +603,7 @@ class BPE:
         pattern, token_of = _read_settings(data), {}
         for token, i in chain(vocab.items(), special.items()):
             if type(i) is not int or not 0 <= i < 1 << 31:
-                raise ValueError(f"id {i!r} of {token!r}: ids are integers from 0 to 2**31 - 1")
+                raise ValueError(f"{token!r} has id {i!r}: use whole numbers from 0 to 2**31 - 1")
             if token_of.setdefault(i, token) != token:
                 raise ValueError(f"id {i} belongs to both {token_of[i]!r} and {token!r}")
             if vocab.get(token, i) != i:
@@ -769,40 +773,39 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
     """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
     many, worker processes do it: this file run by itself, so that the caller's main module is never
     imported again and no thread is ever forked. This process does the first batch while they start,
-    and any batch whose worker gives no answer."""
+    and any batch for which there is no worker or whose worker gives no answer."""
     first, workers, busy = list(islice(batches, WORKERS_FROM)), [], deque()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    many = len(first) == WORKERS_FROM
 
     def send(worker, message: object) -> None:
-        with contextlib.suppress(OSError):               # it has died: receive will find out
+        with contextlib.suppress(AttributeError, OSError):       # no worker, or it has died
             pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
             worker.stdin.flush()
 
     def receive(worker, batch: list) -> object:
         try:
             answer = pickle.load(worker.stdout)["answer"]
-        except Exception:                                # it died, never lived, says something else
+        except Exception:                                # none, or it says something else
             answer = work(batch)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     try:
-        if len(first) == WORKERS_FROM and (cores or 1) > 1:
+        if many and cores and cores > 1 and not getattr(sys, "frozen", False):
             with contextlib.suppress(OSError, TypeError, NameError):     # no Python or file to run
                 while len(workers) < min(cores, MAX_WORKERS):
                     workers.append(_start_worker())
-        for batch in first if not workers else [first.pop(0)]:
-            yield work(batch)                            # while they start
-        if not workers:
-            yield from map(work, _progress(batches, title))
-            return
-        bpe = work.__self__
-        state = work.__name__, bpe.pattern, bpe._state, dict(bpe._known)
+        yield from map(work, first[:1])                  # while they start
+        if workers:
+            bpe = work.__self__
+            state = work.__name__, bpe.pattern, bpe._state, dict(bpe._known)
         for worker in workers:
             send(worker, state)
-        for worker, batch in zip(cycle(workers), chain(first, _progress(batches, title))):
-            done = [receive(*busy.popleft())] if len(busy) == len(workers) else []
+        batches = chain(first[1:], _progress(batches, title) if many else ())
+        for worker, batch in zip(cycle(workers or [None]), batches):
+            done = [receive(*busy.popleft())] if len(busy) == max(1, len(workers)) else []
             busy.append((worker, batch))
             send(worker, batch)
             yield from done
@@ -817,8 +820,6 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
 def _start_worker():
     """This file as a process of its own. -P: no file beside it stands in for a standard module."""
     import subprocess
-    if getattr(sys, "frozen", False):
-        raise OSError("a frozen program is no Python that could run this file")
     return subprocess.Popen(
         [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
