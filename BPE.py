@@ -94,6 +94,11 @@ def textbook_encode(word: str, merges: list[Pair]) -> list[int]:
 BORDER, GONE = -1, -2                       # no ids: between two words; merged into its neighbour
 
 
+def first_of_equals(items: np.ndarray) -> np.ndarray:
+    """Where, in a sorted array, each new value begins."""
+    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
+
+
 class Words:
     """All words in one array of ids. A place in it keeps its number: merging writes the new id at
     the left place of a pair and takes the right place out of the chain of neighbours.
@@ -113,7 +118,7 @@ class Words:
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places, as left << 32 | right; negative at a border."""
-        return self.id[places] << 32 | self.id[self.next[places]]
+        return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
         """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
@@ -122,8 +127,9 @@ class Words:
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
         self.next[places], self.previous[after] = after, places
-        changed = np.sort(np.concatenate((self.previous[places], places)))
-        return changed[np.append(True, changed[1:] != changed[:-1])]
+        changed = np.concatenate((self.previous.take(places), places))
+        changed.sort()
+        return changed[first_of_equals(changed)]
 
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
@@ -151,25 +157,25 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
-        if not len(places):
-            return
         pair = words.pairs(places)
-        by_pair = np.argsort(pair, kind="stable")
-        pair, places = pair[by_pair], places[by_pair]
-        start = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
-        count = np.add.reduceat(weight[places], start).tolist()
-        for n, p, i, j in zip(count, pair[start].tolist(), start, [*start[1:], None], strict=True):
+        by_pair = pair.argsort(kind="stable")
+        pair, places = pair.take(by_pair), places.take(by_pair)
+        start = first_of_equals(pair)
+        count = np.add.reduceat(weight.take(places), start).tolist()
+        pair, start = pair.take(start).tolist(), [*start.tolist(), None]
+        for n, p, (i, j) in zip(count, pair, pairwise(start), strict=True):
             if n > 1 and p >= 0:
                 heapq.heappush(heap, (-n, p, places[i:j]))
 
-    note(np.arange(len(words.id) - 1))
+    if len(words.id) > 1:
+        note(np.arange(len(words.id) - 1))
     for new in range(256, 256 + num_merges):
         while heap:
             _, pair, places = heapq.heappop(heap)
             still = places[words.pairs(places) == pair]
             if len(still) == len(places):
                 break
-            if (count := int(weight[still].sum())) > 1:
+            if (count := int(weight.take(still).sum())) > 1:
                 heapq.heappush(heap, (-count, pair, still))
         else:
             return
