@@ -359,7 +359,7 @@ class Splitter:
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
 CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
-CACHE_BYTES = 1 << 26  # ... and bytes in them, before the memory starts again
+CACHE_BYTES = 1 << 25  # ... and bytes in them, before the memory starts again
 
 
 class BPE:
@@ -413,15 +413,8 @@ class BPE:
         twice. An item that is no str, or has lone surrogates, is a ValueError; a special token's
         name in a text is plain text, and a warning.
         """
-        written: Counter[str] = Counter()
-
-        def watch(item: str) -> str:
-            for name in self.special_tokens if isinstance(item, str) else ():
-                written[name] += item.count(name)
-            return item
-
-        batches = self._batches(map(watch, [text] if isinstance(text, str) else text), ids=False)
-        counts: Counter[str] = Counter()
+        counts, written = Counter(), Counter()           # words; names of special tokens
+        batches = self._batches([text] if isinstance(text, str) else text, written)
         for part in spread(self._count, batches, "counting words"):
             counts.update(part)
         for name, times in (+written).items():
@@ -431,7 +424,8 @@ class BPE:
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
         self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
-        self._remember(self._known, counts, words)
+        if len(counts) <= CACHE_WORDS:                   # they are encoded now
+            self._remember(self._known, counts, words)
         return self
 
     def _count(self, pieces: list[str]) -> Counter[str]:
@@ -475,7 +469,7 @@ class BPE:
     def _remember(self, known: dict, listed: Iterable[str], words: Words) -> None:
         """Words and their ids go into the memory in one step, so no interrupt parts them."""
         known |= zip(listed, words.results(self._dtype), strict=True)
-        self._room -= 3 * len(words.id)
+        self._room -= len(words.id)
         if len(known) > CACHE_WORDS or self._room < 0:
             self._known, self._room = {}, CACHE_BYTES
 
@@ -501,13 +495,17 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, items: Iterable[str | int], ids: bool = True) -> Iterator[list]:
-        """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
+    def _batches(self, items: Iterable[str | int], written: Counter | None = None
+                 ) -> Iterator[list]:
+        """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters. For
+        fit: texts alone; in `written` it counts the special tokens that are written in them."""
         batch, size = [], 0
         for item in items:
-            if not isinstance(item, str) and not (ids and item in self._token):
-                no_id = f" and no id (0 to {len(self) - 1})" if ids else ""
-                raise ValueError(f"{item!r} is no text{no_id}")
+            if isinstance(item, str) and written is not None:
+                written.update({name: item.count(name) for name in self.special_tokens})
+            elif not isinstance(item, str) and (written is not None or item not in self._token):
+                raise ValueError(f"{item!r} is no text and no id (0 to {len(self) - 1})"
+                                 if written is None else f"{item!r} is no text")
             begin, length = 0, len(item) if isinstance(item, str) else 1
             while begin < length:
                 cut = (length > begin + PIECE and self._split.known
@@ -800,9 +798,14 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
 
     try:
         if many and cores and cores > 1 and not getattr(sys, "frozen", False):
+            import subprocess
             with contextlib.suppress(OSError, TypeError, NameError):     # no Python or file to run
                 while len(workers) < min(cores, MAX_WORKERS):
-                    workers.append(_start_worker())
+                    workers.append(subprocess.Popen(     # -P: no file here hides a module
+                        [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # 50 ms less to start
+                        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)))
         yield from map(work, first[:1])                  # while they start
         if workers:
             bpe = work.__self__
@@ -821,16 +824,6 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
         for worker in workers:
             worker.kill()
             worker.communicate()
-
-
-def _start_worker():
-    """This file as a process of its own. -P: no file beside it stands in for a standard module."""
-    import subprocess
-    return subprocess.Popen(
-        [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it never multiplies: 50 ms less to start
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
 
 
 def _work() -> None:
