@@ -157,6 +157,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
+        """The pairs that begin at these places go on the heap, grouped by a sort."""
         pair = words.pairs(places)
         by_pair = pair.argsort(kind="stable")
         pair, places = pair.take(by_pair), places.take(by_pair)
@@ -220,6 +221,8 @@ class Merges:
         while (lowest := band.min()) < self.band[-1]:
             at = np.flatnonzero(band == lowest)
             here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
+            # Now: what overlaps nothing of a lower rank. Of a run like aaaaa that is every second
+            # pair, once nothing before the run goes first.
             start, odd = run_starts(before == here)
             at = at[odd & (before > here)[start] & (after >= here)]
             gone = words.next[at]
@@ -240,7 +243,7 @@ O200K_PATTERN = "".join(fr"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo
                         fr"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
                         for a, b in ("*+", "+*")) + (
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-# Of these is known that they match everywhere and that no word of theirs crosses a CUT.
+# Known of these: they match everywhere, and none of their words crosses a CUT.
 KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
          QWEN2_PATTERN := LLAMA3_PATTERN.replace("{1,3}", "")}
 
@@ -522,13 +525,12 @@ class BPE:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
         is a ValueError."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
             return b"".join(map(self._token.__getitem__, ids))
-        except (KeyError, TypeError):
-            wrong = next(i for i in ids if isinstance(i, list) or i not in self._token)
-            raise ValueError(f"{wrong!r} is no id of this tokenizer (0 to {len(self) - 1}): "
-                             "does it belong to the model?") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{error.args[0]!r} is no id of this tokenizer (0 to {len(self) - 1})"
+                             ": does it belong to the model?") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD. An unknown id is a ValueError."""
@@ -644,6 +646,7 @@ class BPE:
 # What BPE.load doesn't do: where one of these is set, it refuses.
 NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
+ISOLATED = "Isolated", False                # behavior and invert of a Split: all text stays
 
 
 def _read_settings(data: dict) -> str:
@@ -660,24 +663,24 @@ def _read_settings(data: dict) -> str:
     kinds, split, level = [step["type"] for step in steps], steps[0], steps[-1]
     pattern = split.get("pattern", {}).get("Regex", "") if len(steps) > 1 else GPT2_PATTERN
     odd = re.search(r"\{[\d,]+\}\+|\$|\\Z", pattern)
-    way = split.get("behavior", "Isolated"), bool(split.get("invert"))
-    refused = [(value, f"{name} {repr(value)[:60]} of {part.get('content', 'the file')!r}")
+    way = (split.get("behavior"), bool(split.get("invert"))) if len(steps) > 1 else ISOLATED
+    refused = [(value, f"{name} {repr(value)[:60]}", "null or false, if you can do without it")
                for part in (data, data["model"], *(data.get("added_tokens") or []))
                for name, value in part.items() if name in NOT_DONE]
     refused += [
-        (not adds_nothing(after), f"post_processor {after['type']} (only one that adds nothing)"),
-        (decoder["type"] != "ByteLevel", f"decoder {decoder['type']} (only ByteLevel)"),
-        (kinds not in (["ByteLevel"], ["Split", "ByteLevel"]),
-         f"pre_tokenizer {kinds} (only ByteLevel, also after a Split)"),
-        (level.get("add_prefix_space", True), "add_prefix_space (begin the text with a space)"),
-        (level.get("use_regex", True) == (len(steps) > 1), "use_regex (true without a Split only)"),
-        (not pattern, "Split by a string (only by a Regex)"),
-        (odd, f"Split with {odd and odd[0]}, which libraries read in different ways"),
-        (way != ("Isolated", False) and not (way == ("Removed", True) and pattern in KNOWN),
-         "Split with behavior={}, invert={}".format(*way))]
-    for found, what in refused:
+        (not adds_nothing(after), f"post_processor {after['type']}", "one that adds no token"),
+        (decoder["type"] != "ByteLevel", f"decoder {decoder['type']}", "ByteLevel"),
+        (kinds not in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer {kinds}",
+         "ByteLevel, alone or after a Split"),
+        (level.get("add_prefix_space", True), "add_prefix_space", "false; begin with a space"),
+        (level.get("use_regex", True) == (len(steps) > 1), "use_regex", "true without a Split"),
+        (not pattern, "Split by a string", "a Split by a Regex"),
+        (odd, f"{odd and odd[0]} in a Split", "what all libraries read in the same way"),
+        (way != ISOLATED and not (way == ("Removed", True) and pattern in KNOWN),
+         "Split with behavior={}, invert={}".format(*way), "Isolated, false")]
+    for found, what, can in refused:
         if found:
-            raise ValueError(f"it can't be read exactly because of its {what}")
+            raise ValueError(f"its {what} can't be done exactly; what can: {can}")
     return pattern
 
 
@@ -726,16 +729,19 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
         stop, start = to_character(stop), to_character(start)
         file.seek(start)
         decoder, held = codecs.getincrementaldecoder("utf-8")(), ""      # held: since the last cut
-        while raw := file.read(min(READ_BYTES, stop - start)):
+        while True:
+            raw = file.read(min(READ_BYTES, stop - start))
             undecoded, old = len(decoder.getstate()[0]), len(held)
             try:
-                held += decoder.decode(raw, final=start + len(raw) == stop)
+                held += decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
                     f"({error.reason}): find out its encoding and convert it "
                     "(iconv -f ENCODING -t UTF-8)") from None
             start += len(raw)
+            if not raw:
+                break
             last: deque = deque()
             for begin in (len(held) - 10_000, 0):          # the last cut, most often near the end
                 last = last or deque(CUT.finditer(held, max(begin, old)), maxlen=1)
