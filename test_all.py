@@ -145,7 +145,7 @@ def tiny_gpt(cls=GPT, **changes):
     with torch.no_grad():  # weights large enough for lively logits
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.mul_(8)
+                parameter.normal_(std=0.16)
     return model
 
 
@@ -447,10 +447,12 @@ class TestGPT(Case):
         model = GPT(1000, 32, 64, 4, 16, 12)
         x = torch.randint(1000, (4, 33))
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
-        self.assertAlmostEqual(loss, math.log(1000), delta=0.1)
+        # Logits drawn from N(0, s²) cost s²/2 more than equal ones; s = 0.5 at any width.
+        self.assertAlmostEqual(loss, math.log(1000) + 0.5**2 / 2, delta=0.1)
         for name, weight in model.named_parameters():
-            if weight.dim() > 1:  # 4,096 numbers or more: 0.001 is more than four standard errors
-                self.assertAlmostEqual(weight.std().item(), 0.02, delta=0.001, msg=name)
+            std = 0.02 if "embedding" in name else 0.5 / weight.shape[-1] ** 0.5
+            if weight.dim() > 1:  # of 2,048 numbers or more: 5 % is more than three standard errors
+                self.assertAlmostEqual(weight.std().item() / std, 1, delta=0.05, msg=name)
             elif "norm" not in name:
                 self.assertEqual(weight.count_nonzero(), 0, name)
 
@@ -730,8 +732,8 @@ class TestGPTFit(Case):
         rows = torch.randint(40, (100, 16, 8)).repeat(1, 1, 2)
         batches = [(row[:, :-1], row[:, 1:]) for row in rows]
         model = GPT(40, 16, 32, 4, 8, 12)
-        _, (_, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=3e-3, model=model)
-        self.assertLess(valid_losses[-1], 2.8)
+        _, (_, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=1.5e-3, model=model)
+        self.assertLess(valid_losses[-1], 3.0)
 
     def test_step_equals_textbook_adamw(self):
         model, batches = tiny_gpt(), counting_batches(3)
@@ -747,9 +749,9 @@ class TestGPTFit(Case):
                 for p, g, (m, v) in zip(copied.parameters(), grads, state, strict=True):
                     g = g * min(1, 0.5 / (norm + 1e-6))
                     m.mul_(0.9).add_(0.1 * g)
-                    v.mul_(0.95).add_(0.05 * g * g)
+                    v.mul_(0.99).add_(0.01 * g * g)
                     p.mul_(1 - lr * (0.1 if p.dim() > 1 else 0))  # decay on matrices only
-                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8))
+                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8))
         for ours, theirs, (_, v) in zip(model.parameters(), copied.parameters(), state,
                                         strict=True):
             real = v.sqrt() > 1e-5  # a key's bias has no gradient but noise, which Adam blows up
@@ -921,9 +923,11 @@ class TestGPTFit(Case):
             self.assertEqual(results[0], results[-1])  # the failed try left no trace
 
     def test_compiled_weights_have_plain_names(self):
-        compile = torch.compile
-        with mock.patch("torch.compile", lambda net, **_: compile(net, backend="eager")):
+        compile, out = torch.compile, io.StringIO()
+        with (mock.patch("torch.compile", lambda net, **_: compile(net, backend="eager")),
+              contextlib.redirect_stdout(out)):
             model, _ = self.fit(counting_batches(2), checkpoint="c.pt", compile=True)
+        self.assertEqual(out.getvalue(), "")  # it works
         model.save("m.pt")
         for path in ("c.pt", "m.pt"):
             self.assertEqual(read_file(path)["weights"].keys(), tiny_gpt().state_dict().keys())
@@ -1400,7 +1404,7 @@ class TestGPTOptimizer(Case):
             (None, {"lr": 2e-2}, ("learning_rate 0.02", "learning_rate 0.01")),
             (None, {"dtype": "bf16"}, ("dtype bf16", "dtype fp32")),
             (None, {"grad_clip": 0.5}, ("grad_clip 0.5", "grad_clip 1.0")),
-            (other_betas, {}, ("betas of group 0 (0.5, 0.6)", "(0.9, 0.95)")),
+            (other_betas, {}, ("betas of group 0 (0.5, 0.6)", "(0.9, 0.99)")),
             (lambda self, lr, _: torch.optim.SGD(self.parameters(), lr), {},
              ("SGD", "AdamW", "fresh")),
         ]
