@@ -63,7 +63,7 @@ GENERATION_SHAPES = {"small": (1024, 256, 128, 4, 4, 200),
 SPEEDRUNS = {
     "nanoGPT's result": {"aim": 1.886, "steps": 170, "rate": 6e-3, "warmup": 40, "V": 1024, "T": 32,
                          "B": 16, "E": 96, "H": 3, "layers": 2, "dropout": 0.0, "validations": 1},
-    "nanoGPT's time": {"aim": 1.60, "steps": 1600, "rate": 4e-3, "warmup": 200, "V": 1024, "T": 64,
+    "nanoGPT's time": {"aim": 1.60, "steps": 1600, "rate": 3e-3, "warmup": 200, "V": 1024, "T": 64,
                        "B": 16, "E": 128, "H": 4, "layers": 4, "dropout": 0.0, "validations": 4},
     "five minutes": {"aim": 1.4697, "steps": 2400, "rate": 3e-3, "warmup": 200, "V": 1024,
                      "T": 64, "B": 16, "E": 160, "H": 5, "layers": 4, "dropout": 0.05,
