@@ -27,7 +27,6 @@ import codecs
 import contextlib
 import functools
 import heapq
-import itertools
 import json
 import os
 import pickle
@@ -36,7 +35,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, cycle, islice, pairwise
 
 import numpy as np
@@ -95,115 +94,142 @@ def textbook_encode(word: str, merges: list[Pair]) -> list[int]:
 BORDER, GONE = -1, -2                       # no ids: between two words; merged into its neighbour
 
 
+def first_of_equals(items: np.ndarray) -> np.ndarray:
+    """Where, in a sorted array, each new value begins."""
+    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
+
+
 class Words:
     """All words in one array of ids. A place in it keeps its number: merging writes the new id at
     the left place of a pair and takes the right place out of the chain of neighbours.
 
-    >>> words = Words(["low", "lower"])                  # borders at the places 0, 4, 10
+    >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
     >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
     array([0, 1, 4, 5])
-    >>> words.ids.tolist(), int(words.next[1])
+    >>> words.id.tolist(), int(words.next[1])
     ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
     """
 
-    def __init__(self, words: Iterable[str], byte_ids: Sequence[int] = range(256)):
+    def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
         text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
         raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        self.ids = np.array([*byte_ids[:255], BORDER])[raw]                        # (N,)
+        self.id = np.array([*byte_ids][:255] + [BORDER])[raw]                      # (N,)
         self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places, as left << 32 | right; negative at a border."""
-        return self.ids.take(places) << 32 | self.ids.take(self.next.take(places))
+        return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
-    def join(self, places: np.ndarray, new: int) -> np.ndarray:
+    def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
         """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
         where another pair begins now: these places and those before them."""
         gone = self.next[places]
         after = self.next[gone]
-        self.ids[places], self.ids[gone] = new, GONE
+        self.id[places], self.id[gone] = new, GONE
         self.next[places], self.previous[after] = after, places
         changed = np.concatenate((self.previous.take(places), places))
         changed.sort()
-        return changed[np.append(True, changed[1:] != changed[:-1])]
+        return changed[first_of_equals(changed)]
 
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
-        ids = self.ids[self.ids != GONE]
+        ids = self.id[self.id != GONE]
         ends = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
         raw = ids.astype(dtype).tobytes()
         return [raw[i + dtype.itemsize:j] for i, j in pairwise(ends)]
 
 
-def merge_all(words: Words, key: Callable[[list[int], np.ndarray, list[int]], list[int | None]],
-              new_id: Callable[[int], int]) -> Iterator[int]:
-    """Merges, everywhere at once, the pair with the smallest key (ties: the smaller ids), again and
-    again, and yields it, as left << 32 | right.
-
-    key(pairs, places, starts): a key for each of the pairs, None if it is to stay apart; pair n
-    begins at the places from starts[n] on. new_id(pair): what it becomes.
-    A pair's places are noted once, when the later of its two ids is made; until its turn comes some
-    die, merged with another neighbour. Then it gets a new key and waits on.
-    """
-    heap: list[tuple[int, int, int, np.ndarray]] = []    # (key, pair, tie, places)
-    ties = itertools.count()                             # for heapq can't compare arrays
-
-    def wait(pairs: list[int], places: np.ndarray, starts: list[int]) -> None:
-        keys = key(pairs, places, starts)
-        for k, pair, start, end in zip(keys, pairs, starts, [*starts[1:], None], strict=True):
-            if k is not None:
-                heapq.heappush(heap, (k, pair, next(ties), places[start:end]))
-
-    def note(places: np.ndarray) -> None:
-        """The pairs that begin at these places, grouped by a sort, wait for their turn."""
-        pair = words.pairs(places)
-        order = pair.argsort(kind="stable")
-        pair, places = pair.take(order), places.take(order)
-        start = np.concatenate(([0], (pair[1:] != pair[:-1]).nonzero()[0] + 1))
-        wait(pair.take(start).tolist(), places, start.tolist())
-
-    if len(words.ids) > 1:
-        note(np.arange(len(words.ids) - 1))
-    while heap:
-        _, pair, _, places = heapq.heappop(heap)
-        while heap and heap[0][1] == pair:               # of a token that two merges make
-            places = np.sort(np.append(places, heapq.heappop(heap)[-1]))
-        alive = places[words.pairs(places) == pair]
-        if len(alive) < len(places):
-            if len(alive):
-                wait([pair], alive, [0])
-            continue
-        if pair >> 32 == pair & 0xFFFFFFFF:              # of a run like aaaaa, every second pair
-            i = np.arange(len(alive))
-            first = np.append(True, words.next[alive[:-1]] != alive[1:])
-            alive = alive[(i - np.maximum.accumulate(np.where(first, i, 0))) % 2 == 0]
-        note(words.join(alive, new_id(pair)))
-        yield pair
+def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each item continues a run -> where its run starts, and whether it is the run's first,
+    third ...: of the pairs in aaaaa, those to merge."""
+    i = np.arange(len(continues))
+    start = np.maximum.accumulate(np.where(continues, 0, i))
+    return start, (i - start) % 2 == 0
 
 
 def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair]:
-    """Makes and yields the merges: most frequent pair first. counts: how often each word occurs.
+    """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
+    often each word occurs.
 
-    >>> list(learn(Words(["low", "lower", "lowest"]), [1, 1, 1], 3))     # lo, low, lowe
-    [(108, 111), (256, 119), (257, 101)]
-    """
-    weight = np.append(list(counts), 0)[np.cumsum(words.ids == BORDER) - 1]        # (N,)
+    A pair's places are noted once, when the later of its two ids is made. So its count can only
+    fall: when it leaves the heap, it is counted again and, if it has lost places, put back."""
+    weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
+    heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
-    def key(pairs: list[int], places: np.ndarray, starts: list[int]) -> list[int | None]:
-        count = np.add.reduceat(weight.take(places), starts).tolist()
-        return [-n if n > 1 and pair >= 0 else None for n, pair in zip(count, pairs, strict=True)]
+    def note(places: np.ndarray) -> None:
+        """The pairs that begin at these places go on the heap, grouped by a sort."""
+        pair = words.pairs(places)
+        by_pair = pair.argsort(kind="stable")
+        pair, places = pair.take(by_pair), places.take(by_pair)
+        start = first_of_equals(pair)
+        count = np.add.reduceat(weight.take(places), start).tolist()
+        pair, start = pair.take(start).tolist(), [*start.tolist(), None]
+        for n, p, (i, j) in zip(count, pair, pairwise(start), strict=True):
+            if n > 1 and p >= 0:
+                heapq.heappush(heap, (-n, p, places[i:j]))
 
-    ids = itertools.count(256)
-    merges = merge_all(words, key, lambda pair: next(ids))
-    return (divmod(pair, 1 << 32) for pair in islice(merges, num_merges))
+    if len(words.id) > 1:
+        note(np.arange(len(words.id) - 1))
+    for new in range(256, 256 + num_merges):
+        while heap:
+            _, pair, places = heapq.heappop(heap)
+            still = places[words.pairs(places) == pair]
+            if len(still) == len(places):
+                break
+            if (count := int(weight.take(still).sum())) > 1:
+                heapq.heappush(heap, (-count, pair, still))
+        else:
+            return
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        yield left, right
+        if left == right:
+            places = places[run_starts(np.append(False, words.next[places[:-1]] == places[1:]))[1]]
+        note(words.join(places, new))
 
 
-def apply(merges: dict[int, tuple[int, int]], words: Words) -> None:
-    """Makes the merges, {left << 32 | right: (rank, new id)}, in the order of their ranks."""
-    none = (None, None)
-    for _ in merge_all(words, lambda pairs, *_: [merges.get(pair, none)[0] for pair in pairs],
-                       lambda pair: merges[pair][1]):
-        pass
+class Merges:
+    """The learned merges, to be made in their order in many words at once.
+
+    Many ranks can be made together: a *band* is a run of merges none of which uses what another one
+    of them makes. So all pairs of the lowest band are there when its turn comes; where two of them
+    overlap, the lower rank goes first."""
+
+    def __init__(self, merges: list[Pair], made: Iterable[int]):
+        pair = np.array([left << 32 | right for left, right in merges], np.int64)
+        self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
+        self.rank = np.append(np.argsort(pair), self.none)
+        self.pair = np.append(pair[self.rank[:-1]], np.iinfo(np.int64).max)        # sorted
+        first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
+        band, end = [0], self.none                       # end: the first rank behind the band
+        for rank, i in enumerate(made):
+            if first_use.get(i, self.none) <= rank:
+                raise ValueError(f"merge {first_use[i]} uses the token {i}, "
+                                 f"which only merge {rank} makes")
+            band.append(band[-1] + (rank == end))
+            end = min(self.none if rank == end else end, first_use.get(i, self.none))
+        self.band = np.array([*band[1:], band[-1] + 1], np.uint32)
+
+    def look_up(self, pair: np.ndarray) -> np.ndarray:
+        """Pairs -> the ranks of their merges, or none."""
+        i = np.searchsorted(self.pair, pair)
+        return np.where(self.pair[i] == pair, self.rank[i], self.none)
+
+    def apply(self, words: Words) -> None:
+        """Makes all merges, with the result of making them one by one."""
+        rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))), self.none)
+        band = self.band[rank]                           # (N,), of the pair that begins here
+        while (lowest := band.min()) < self.band[-1]:
+            at = np.flatnonzero(band == lowest)
+            here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
+            # Now: what overlaps nothing of a lower rank. Of a run like aaaaa that is every second
+            # pair, once nothing before the run goes first.
+            start, odd = run_starts(before == here)
+            at = at[odd & (before > here)[start] & (after >= here)]
+            gone = words.next[at]
+            changed = words.join(at, self.made[rank[at]])
+            rank[gone], band[gone] = self.none, self.band[-1]
+            rank[changed] = self.look_up(words.pairs(changed))
+            band[changed] = self.band[rank[changed]]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -374,9 +400,7 @@ class BPE:
         token |= {i: name.encode() for name, i in special.items()}
         vars(self).update(
             merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges={left << 32 | right: (rank, i)
-                     for rank, ((left, right), i) in enumerate(zip(merges, made, strict=True))},
-            _whole=whole or {}, _known={}, _room=CACHE_BYTES,
+            _merges=Merges(merges, made), _whole=whole or {}, _known={}, _room=CACHE_BYTES,
             _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32),
             _state=(merges, made, special, byte_ids, others, whole))
 
@@ -400,7 +424,7 @@ class BPE:
             warnings.warn(f"{name!r} is written {times} times in the text, where it is plain text, "
                           "not the special token: if it divides documents, cut the text there and "
                           "give encode_file its id between them", stacklevel=2)
-        words, wanted = Words(counts), self.vocab_size - 256 - len(self.special_tokens)
+        words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
         self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
         if len(counts) <= CACHE_WORDS:                   # they are encoded now
@@ -441,14 +465,14 @@ class BPE:
             known |= {word: np.array(i, self._dtype).tobytes() for word, i in ready.items()}
             listed = [word for word in new if word not in ready]
             merging = Words(listed, self._byte_ids)
-            apply(self._merges, merging)
+            self._merges.apply(merging)
             self._remember(known, listed, merging)
         return b"".join(map(known.__getitem__, words))
 
     def _remember(self, known: dict, listed: Iterable[str], words: Words) -> None:
         """Words and their ids go into the memory in one step, so no interrupt parts them."""
         known |= zip(listed, words.results(self._dtype), strict=True)
-        self._room -= len(words.ids)
+        self._room -= len(words.id)
         if len(known) > CACHE_WORDS or self._room < 0:
             self._known, self._room = {}, CACHE_BYTES
 
@@ -606,11 +630,6 @@ class BPE:
             made.append(vocab["".join(parts)])
         if len(set(merges)) < len(merges):
             raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        first_use = {i: rank for rank in reversed(range(len(merges))) for i in merges[rank]}
-        for rank, i in enumerate(made):
-            if first_use.get(i, len(made)) <= rank:
-                raise ValueError(f"merge {first_use[i]} uses the token {i}, "
-                                 f"which only merge {rank} makes")
         others, whole = {}, {}
         for token, i in vocab.items():
             byte_level = byte_of.keys() >= set(token)
