@@ -11,7 +11,8 @@ stop reading after any of them:
 4. The class: fit, encode, decode, save, load.
 5. Large texts: files and worker processes.
 
-Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown.
+Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
+loaded file keeps its own ids.)
 Left out: normalizers, dropout, scripts (\\p{Han}) and \\w in patterns. Ids equal those of tiktoken,
 tokenizers and rustbpe for every character that the running Python's `unicodedata` knows; newer
 characters round-trip too, but may be split differently.
@@ -141,7 +142,7 @@ class Words:
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each item continues a run -> where its run starts, and whether it is the run's first,
-    third ...: of the pairs in aaaaa, those to merge."""
+    third ...: in aaaaa, the pairs that merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -323,7 +324,7 @@ class Splitter:
         self.pattern, self.known = pattern, pattern in KNOWN
         try:
             if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
-                raise ValueError("it has something else than classes, sets, groups and repetitions")
+                raise ValueError("it has something other than classes, sets, groups and repetitions")
             text = ITEM.sub(translate, pattern)
             # | ?[..]+| as | [..]+|[..]+|: the same attempts in the same order, 8 % faster in `re`.
             text = re.sub(r"(?<=[^\\]\|) \?(\[(?:\\.|[^]\\])*\]\+)(?=\|)", r" \1|\1", text)
@@ -362,7 +363,7 @@ class Splitter:
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
 CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
-CACHE_BYTES = 1 << 25  # ... and bytes in them, before the memory starts again
+CACHE_BYTES = 1 << 25  # ... and bytes in them, before the memory is emptied
 
 
 class BPE:

@@ -105,7 +105,7 @@ class GPT(nn.Module):
         return h
 
     def new_cache(self, batch: int) -> list[KVCache]:
-        """An empty key/value cache for `batch` sequences, one KVCache a layer."""
+        """An empty key/value cache for `batch` sequences, one KVCache per layer."""
         size, weight = self.sizes, next(self.parameters())
         return [KVCache(batch, size["num_heads"], size["max_seq_len"], size["head_size"],
                         weight.device, weight.dtype) for _ in self.decoders]
@@ -125,7 +125,7 @@ class GPT(nn.Module):
         stop_token: finished rows are padded with it; stops when all have finished.
         use_cache=False computes everything again at each step: slow, and the same but for rounding.
         Beyond max_seq_len only the last max_seq_len tokens are seen. ValueError for arguments out
-        of range, an empty or wrong prompt, and a model whose logits are not numbers any more.
+        of range, an empty or wrong prompt, and a model whose logits are no longer finite.
         """
         steps = self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
                             stop_token=stop_token, use_cache=use_cache, generator=generator)
@@ -187,13 +187,11 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, dtype: str = "fp32",
              net: nn.Module | None = None) -> Tensor:
-        """The sum of -log p(y) over all B·T positions, in nats, fp32. net: self, wrapped by fit.
+        """The sum of -log p(y) over all B·T positions, in nats, fp32. net: self as fit wraps it.
 
         x, y: ids (B, T) of any integer type, y the token after x. ValueError for any other.
         """
         x, y = (check_ids(ids, self.sizes["vocab_size"]) for ids in (x, y))
-        if self.device.type == "cuda":  # a copy from pinned memory needn't be waited for
-            x, y = (ids.pin_memory() if ids.device.type == "cpu" else ids for ids in (x, y))
         x, y = (ids.to(self.device, non_blocking=True) for ids in (x, y))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             logits = (self if net is None else net)(x)  # (B, T) -> (B, T, V)
@@ -205,7 +203,7 @@ class GPT(nn.Module):
             accumulate: int = 1, eval_every: int | None = None, dtype: str = "auto",
             compile: bool = False, checkpoint: str | os.PathLike | None = None,
             on_eval: Callable[[dict], None] | None = None) -> tuple[list[float], list[float]]:
-        """Train. Returns (train_losses, valid_losses), nats per token, one entry a validation.
+        """Train. Returns (train_losses, valid_losses), nats per token, one entry per validation.
 
         train_loader, valid_loader: iterables of (x, y), ids (B, T) each, y the token after x.
         num_epochs: passes over train_loader; max_steps, if given, ends training instead.
@@ -248,8 +246,10 @@ class GPT(nn.Module):
             while run["step"] < total_steps and not stop:
                 # batch
                 batches, epoch_ends = next(steps)
-                net = wrap(self, compile, batches[0], dtype) if net is None else net
-                # loss, backward; the last backward averages the gradient over the ranks: see wrap
+                if net is None:  # the first batch is needed to try torch.compile
+                    net = wrap(self, compile, batches[0], dtype)
+                # forward and loss (see GPT.loss), backward; the last backward of a step averages
+                # the gradient over the ranks (see wrap)
                 tokens, total = sum(y.numel() for _, y in batches), 0.0
                 for n, (x, y) in enumerate(batches, start=1):
                     with net.no_sync() if ranks > 1 and n < len(batches) else nullcontext():
@@ -258,13 +258,13 @@ class GPT(nn.Module):
                     total += loss.detach()
                 # clip, check
                 norm = nn.utils.clip_grad_norm_(self.parameters(), grad_clip)
-                loss, norm = torch.stack([total, norm]).tolist()  # waits for the device, once
-                if not math.isfinite(loss + norm):  # a step would make every weight NaN
+                train_loss, norm = torch.stack([total, norm]).tolist()  # waits for the device once
+                if not math.isfinite(train_loss + norm):  # a step would make every weight NaN
                     optimizer.zero_grad()
                     raise FloatingPointError(
-                        f"step {run['step'] + 1}: loss {loss}, gradient norm {norm}; the weights "
-                        f"are those of step {run['step']}. Lower the learning rate, lengthen the "
-                        f"warm-up, look at the data")
+                        f"step {run['step'] + 1}: loss {train_loss}, gradient norm {norm}; the "
+                        f"weights are those of step {run['step']}. Lower the learning rate, "
+                        f"lengthen the warm-up, look at the data")
                 # step
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate / peak * rate_at(run["step"])
@@ -272,11 +272,12 @@ class GPT(nn.Module):
                 optimizer.zero_grad()
                 run["step"] += 1
                 run["tokens"] += tokens * ranks
-                run["loss_sum"], run["loss_steps"] = run["loss_sum"] + loss, run["loss_steps"] + 1
+                run["loss_sum"] += train_loss
+                run["loss_steps"] += 1
                 run["epoch"], run["batch"] = ((run["epoch"] + 1, 0) if epoch_ends else
                                               (run["epoch"], run["batch"] + len(batches)))
                 speed = (run["tokens"] - tokens_before) / (time.perf_counter() - clock)
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 # validate
                 done = run["step"] == total_steps
@@ -544,42 +545,45 @@ def check_number(name: str, value: float, zero: bool = False, infinite: bool = F
 # ---------------------------------------------------------------------- checkpoints and files
 
 
-def describe(model: GPT, optimizer: torch.optim.Optimizer, **arguments: object) -> list[str]:
-    """What a run is made with, a line each, to compare: the optimizer, sizes, fit's arguments."""
+def describe(model: GPT, optimizer: torch.optim.Optimizer, **arguments: object) -> dict[str, str]:
+    """What a run is made with, as text to compare: sizes, fit's arguments, the optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {parameter.dtype}, too coarse for small steps: load the "
                              f'model with dtype="fp32"; fit(dtype="bf16") computes in bf16')
-    order = [names.get(p, "?") for group in optimizer.param_groups for p in group["params"]]
-    settings = model.sizes | arguments
-    return [f"optimizer {type(optimizer).__name__} of {' '.join(order)}",
-            *(f"{key} {getattr(value, '__qualname__', value)}" for key, value in settings.items()),
-            *(f"{key} of group {n} {value}" for n, group in enumerate(optimizer.param_groups)
-              for key, value in group.items() if key not in ("params", "lr"))]
+    settings = {key: str(getattr(value, "__qualname__", value))  # of a function, its name
+                for key, value in (model.sizes | arguments).items()}
+    settings["optimizer"] = type(optimizer).__name__
+    for n, group in enumerate(optimizer.param_groups):
+        settings[f"parameters of group {n}"] = " ".join(names.get(p, "?") for p in group["params"])
+        settings |= {f"{key} of group {n}": str(value) for key, value in group.items()
+                     if key not in ("params", "lr")}
+    return settings
 
 
 def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
-                    settings: list[str], run: dict) -> None:
+                    settings: dict[str, str], run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
-    own, (rank, ranks) = {"loss_sum": run["loss_sum"], "cpu": torch.get_rng_state()}, process_rank()
+    rank, ranks = process_rank()
+    state = {"loss_sum": run["loss_sum"], "cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(model.device)
-    of_ranks = [own] * ranks
+        state["cuda"] = torch.cuda.get_rng_state(model.device)
+    states = [state] * ranks
     if ranks > 1:
-        dist.all_gather_object(of_ranks, own)
+        dist.all_gather_object(states, state)
     if rank == 0:
         write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "settings": settings, "ranks": of_ranks,
+                          "settings": settings, "ranks": states,
                           "run": {key: run[key] for key in run if key != "loss_sum"}})
     if ranks > 1:
         dist.barrier()  # nobody looks for the file before it is there
 
 
 def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
-           settings: list[str], run: dict) -> None:
-    """Continue from a checkpoint, if it is there; one line tells which settings differ.
+           settings: dict[str, str], run: dict) -> None:
+    """Continue from a checkpoint, if it is there; prints in one line which settings differ.
 
     ValueError, before anything is changed, if the file is damaged or its weights don't fit.
     """
@@ -588,29 +592,30 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
         return
     saved, rank = read_file(path), process_rank()[0]
     if "optimizer" not in saved:
-        raise ValueError(f"{path}: a model without the state of its training, so it can't be "
+        raise ValueError(f"{path}: has no state of the training, only a model, so it can't be "
                          f"resumed; give another name as the checkpoint")
     check_weights(path, saved, model)
     was = saved["settings"]
-    new, old = ([line[:80] for line in one if line not in other]
-                for one, other in ((settings, was), (was, settings)))
+    changed = [key for key in was | settings if was.get(key) != settings.get(key)]
+    said = [f"{key} {settings.get(key)} (was {was.get(key)})"[:120] for key in changed]
     model.load_state_dict(saved["weights"])
-    if settings[0] == was[0]:
-        load_optimizer(optimizer, saved["optimizer"], keep_groups=settings == was)
+    if any(key.startswith(("optimizer", "parameters")) for key in changed):
+        said.append("a fresh state of the optimizer")
     else:
-        new.append("a fresh state of the optimizer")
-    if (new or old) and rank == 0:
-        print(f"{path}: resuming with {', '.join(new)}; it was {', '.join(old)}")
+        load_optimizer(optimizer, saved["optimizer"], keep_groups=not changed)
+    if said and rank == 0:
+        print(f"{path}: resuming with {', '.join(said)}")
     run.update(saved["run"])
-    for own in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
-        run["loss_sum"] = own["loss_sum"]
-        torch.set_rng_state(own["cpu"])
-        if model.device.type == "cuda" and "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], model.device)
+    for state in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
+        run["loss_sum"] = state["loss_sum"]
+        torch.set_rng_state(state["cpu"])
+        if model.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], model.device)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, keep_groups: bool) -> None:
-    """The state exactly as saved; hyperparameters as saved (keep_groups) or as they are now."""
+    """The state exactly as saved. The groups as saved, too (an optimizer may count in them), unless
+    something was changed: then as they are now."""
     now = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     if not keep_groups:
@@ -700,11 +705,10 @@ def demo() -> None:
                 dropout=0.0)
     print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4\n"
           f"an eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}, a perfect\n"
-          f"predictor {best:.2f}: the part of the bar marked = is chance; nobody can learn it.\n")
+          f"predictor {best:.2f}; what is left then is chance, which nobody can learn.\n")
     model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20,
               on_eval=lambda m: print(f"  step {m['step']:3d}   loss {m['valid_loss']:.2f}  "
-                                      + "=" * round(20 * best)
-                                      + "#" * round(20 * (m["valid_loss"] - best))))
+                                      + "#" * round(20 * m["valid_loss"])))
     for name, do_sample in (("greedy: it counts", False), ("drawn: it jumps", True)):
         ids = model.generate(torch.tensor([[7]]), 12, do_sample)[0].tolist()
         print(f"\n  {name:18} {' '.join(map(str, ids))}", end="")

@@ -4,7 +4,7 @@
 
 The target of every position is simply the next token, so one window of T tokens is T exercises at
 once (Radford et al. 2018, section 3.1, equation 1). GetData cuts windows, Batches shuffles them
-into batches. Neither ever copies the data whole: a memmapped .npy of any size is read window by
+into batches. An array or a memmap is never copied whole: an .npy of any size is read window by
 window.
 
 Does not know: text, tokenizer, downloads. Needs: torch, numpy. Copy this file alone and it works.

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -100,9 +99,11 @@ def main() -> None:
         stride = max(MAX_SEQ_LEN, len(valid_ids) * MAX_SEQ_LEN // (EVAL_TOKENS or len(valid_ids)))
         valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None,
                         rank, ranks)
-        rows = ready["rows"]
+        rows = model.notes["metrics"] = ready["rows"]  # kept in the checkpoint: they agree with it
         before = float(rows[-1]["seconds"]) if rows else 0.0
         if rank == 0:
+            if rows:  # of a metrics.csv that is ahead of the checkpoint, lost or edited: as it was
+                write_metrics(out, rows, ready["code"], bpe, locks)
             describe(model, f"{dtype}, processes: {ranks}", ready, len(train_ids), len(valid_ids))
 
         def on_eval(metrics: dict) -> None:
@@ -323,11 +324,11 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
         out.mkdir(parents=True, exist_ok=True)
     lock(out, locks)
     saved, why = decide(out, settings, code)
-    rows = read_metrics(out / "metrics.csv", saved["run"]["step"]) if saved else []
+    rows = saved["notes"].get("metrics", []) if saved else []
     if saved and saved["run"]["step"] >= MAX_STEPS:
         say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
             f"To train it longer raise MAX_STEPS; to start from scratch set RESUME = False.")
-        report(rows, min(saved["run"]["valid_losses"], default=math.nan))
+        report(rows)
         return None
     inside = [Path.cwd(), FILE, *(file for file in documents if isinstance(file, Path))]
     if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
@@ -382,14 +383,14 @@ def decide(out: Path, settings: dict, code: dict[str, bytes]) -> tuple[dict | No
     raised = names == ["MAX_STEPS"] and MAX_STEPS > was["MAX_STEPS"]
     if RESUME is True:
         if what:
-            say(f"RESUME = True: {OUT_DIR} is resumed with {what}")
+            say(f"RESUME = True: {OUT_DIR} is resumed, though: {what}")
     elif names and not raised or files and saved["run"]["step"] >= MAX_STEPS:
         return None, what
     elif files:
         raise ValueError(
-            f"{OUT_DIR} holds an unfinished run of {what}. Set RESUME = True to resume it with the "
-            f"code of now, or RESUME = False to start from scratch and keep it under another name; "
-            f"the code that it began with is in {out / 'code'}")
+            f"{OUT_DIR} holds an unfinished run, and since it began: {what}. Set RESUME = True to "
+            f"resume it with the code as it is now, or RESUME = False to start from scratch and "
+            f"keep it under another name; the code that it began with is in {out / 'code'}")
     elif raised:
         say(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}; the learning rate "
             f"follows the new, longer cosine from here on")
@@ -434,8 +435,8 @@ def lock(folder: Path, locks: ExitStack) -> None:
         fcntl.flock(locks.enter_context(open(folder / ".lock", "w")),
                     fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use: another train.py trains there. Wait for "
-                         f"it, stop it, or set OUT_DIR to another folder") from None
+        raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use by another train.py. Wait for it, stop "
+                         f"it, or set OUT_DIR to another folder") from None
     except (ImportError, OSError) as error:  # Windows, a read-only folder, some network drives
         say(f"{OUT_DIR} can't be locked ({error}): don't start a second training there")
 
@@ -448,22 +449,6 @@ def about_out_dir(what: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(error.errno, f"OUT_DIR {what} ({error.strerror}); set OUT_DIR to another "
                       f"folder", str(OUT_DIR)) from None
-
-
-def read_metrics(path: Path, step: int) -> list[dict]:
-    """The rows of metrics.csv up to a step: what came after it will come again."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
-        for row, name in itertools.product(rows, ("seconds", "train_loss", "valid_loss", "tokens",
-                                                  "valid_bits_per_byte", "tokens_per_second")):
-            float(row[name])
-        return [row for row in rows if int(row["step"]) <= step]
-    except FileNotFoundError:
-        return []
-    except (KeyError, ValueError, csv.Error):
-        raise ValueError(f"{path} is not as train.py wrote it (did another program save it?): "
-                         f"rename it, and run again") from None
 
 
 def write_metrics(out: Path, rows: list[dict], code: dict[str, bytes], bpe: BPE,
@@ -528,7 +513,7 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
         model.stop_training = True
         signal.signal(number, signal.SIG_DFL)
         with suppress(OSError):  # print may be in use just now
-            os.write(2, b"\nstopping after this step; again: at once\n")
+            os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
     main_thread = threading.current_thread() is threading.main_thread()  # only it has handlers
     before = {number: signal.signal(number, stop)
@@ -592,10 +577,9 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
 
-def report(rows: list[dict], loss: float = math.nan) -> None:
+def report(rows: list[dict]) -> None:
     """Print the best result of the run, where everything lies, and the next command."""
     if not rows:
-        say(f"best validation loss  {loss:.4f} nats per token; there is no metrics.csv")
         return
     best = min(rows, key=lambda row: float(row["valid_loss"]))
     bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
