@@ -50,8 +50,8 @@ def main() -> None:
         raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} "
                          f"was trained with: put the right one there, or train from scratch")
     if changed := changed_code(out / "code"):
-        print(f"{', '.join(changed)}: not the code that the model was trained with, which is in "
-              f"{out / 'code'}", file=sys.stderr)
+        print(f"{', '.join(changed)}: changed since the training; as it was: {out / 'code'}",
+              file=sys.stderr)
     bpe = BPE.load(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
@@ -75,31 +75,22 @@ def main() -> None:
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
         pass
-    seconds = time.perf_counter() - started
     print(whole_characters.decode(b"", final=True))
     rows = [row[: row.index(end_token)] if end_token in row else row for row in rows]
     for row in rows[1:]:
         print("-" * 80 + "\n" + prompt + bpe.decode(row))
     made = sum(map(len, rows))
-    print(f"\n[{made} tokens, {made / seconds:,.0f} tokens/s]")
+    print(f"\n[{made} tokens, {made / (time.perf_counter() - started):,.0f} tokens/s]")
     if PICTURES:
         draw(model, bpe, bpe.encode(PROMPT) or rows[0], out)
 
 
 def changed_code(folder: Path) -> list[str]:
-    """The scripts of the model's code that are others here; comments and docstrings don't count."""
-    def meaning(path: Path) -> str:
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(getattr(node, "body", None), list):
-                node.body = [line for line in node.body if not (
-                    isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
-        return ast.dump(tree)
-
+    """The scripts that differ from those that the model was trained with, comments aside."""
     here = Path(globals().get("__file__", "sample.py")).resolve().parent
     names = [path.relative_to(folder) for path in folder.rglob("*.py") if path.name != "train.py"]
-    return [str(name) for name in sorted(names)
-            if not (here / name).exists() or meaning(here / name) != meaning(folder / name)]
+    return [str(name) for name in sorted(names) if not (here / name).exists() or ast.dump(
+        ast.parse((here / name).read_bytes())) != ast.dump(ast.parse((folder / name).read_bytes()))]
 
 
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
