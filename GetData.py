@@ -11,6 +11,7 @@ Does not know: text, tokenizer, downloads. Needs: torch, numpy. Copy this file a
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -31,9 +32,7 @@ class GetData(Dataset):
     """
 
     def __init__(self, data, seq_len: int, device: torch.device | str = "cpu", stride: int = 1):
-        for name, value in (("seq_len", seq_len), ("stride", stride)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: pick a whole number, 1 or more")
+        seq_len, stride = whole_number("seq_len", seq_len), whole_number("stride", stride)
         if isinstance(data, Tensor):
             data = data.detach().cpu().numpy()  # shares the memory of a CPU tensor
         elif not isinstance(data, np.ndarray):
@@ -49,6 +48,25 @@ class GetData(Dataset):
                 f"use more text or a smaller seq_len"
             )
         self.data, self.seq_len, self.device, self.stride = data, seq_len, device, stride
+
+    def __getstate__(self) -> dict:
+        """What a worker process of a DataLoader gets: of a memory-mapped file where the data lie in
+        it, not the data. The worker opens it again."""
+        data = root = self.data
+        while not (isinstance(root, np.memmap) and not isinstance(root.base, np.ndarray)):
+            if not isinstance(root.base, np.ndarray):
+                return vars(self)  # ordinary memory
+            root = root.base
+        if root.filename is None or root.mode == "c" or not data.flags.c_contiguous:
+            return vars(self)
+        place = root.offset + data.ctypes.data - root.ctypes.data  # in the file, slices too
+        return vars(self) | {"data": (root.filename, data.dtype, place, len(data))}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if isinstance(self.data, tuple):
+            path, dtype, offset, length = self.data
+            self.data = np.memmap(path, dtype, "r", offset, (length,))
 
     def __len__(self) -> int:
         return (len(self.data) - self.seq_len - 1) // self.stride + 1
@@ -73,7 +91,7 @@ class Batches:
 
     With a seed they are shuffled for training: every window comes once before any comes again, and
     all batches are full. Batch k is a function of (seed, k) alone, so a run that was stopped
-    goes on with exactly the batch that would have been next. With seed=None, for validation: in
+    resumes with exactly the batch that would have come next. With seed=None, for validation: in
     order, the last batch may be shorter.
 
     rank of ranks: this process's share of every batch, for training on several processes.
@@ -82,8 +100,7 @@ class Batches:
 
     def __init__(self, dataset: GetData, batch_size: int, seed: int | None = None,
                  rank: int = 0, ranks: int = 1):
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: pick a whole number, 1 or more")
+        batch_size = whole_number("batch_size", batch_size)
         if seed is not None and batch_size % ranks:
             raise ValueError(f"batch_size={batch_size} on {ranks} processes: pick a multiple")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -97,7 +114,7 @@ class Batches:
         return (self.batch(k) for k in range(len(self)))
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
-        """Batch k; with a seed, k may go on past len(self): the windows are shuffled anew."""
+        """Batch k; with a seed, k may pass len(self): then the windows are shuffled again."""
         n = len(self.dataset)
         indices = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.rank :: self.ranks]
         if self.seed is None:
@@ -107,6 +124,13 @@ class Batches:
             indices = np.concatenate([shuffled(indices[rounds == r] % n, n, self.seed, int(r))
                                       for r in np.unique(rounds)])
         return self.dataset.windows(indices)
+
+
+def whole_number(name: str, value: int) -> int:
+    """The value as an int. ValueError, naming it, unless it is a whole number, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}: pick a whole number, 1 or more")
+    return int(value)  # numpy's whole numbers are Integral, too
 
 
 def shuffled(indices: np.ndarray, n: int, seed: int, key: int) -> np.ndarray:

@@ -1,24 +1,28 @@
-"""sample.py: what the trained net writes. Edit the constants, then: python sample.py
+"""sample.py: what the trained model writes. Edit the constants, then: python sample.py
 
-Loads the best model of the run in OUT_DIR and its tokenizer, and prints what it makes of PROMPT,
+Loads the best model of the run in OUT_DIR and its tokenizer, and prints how it continues PROMPT,
 token by token. Train first: python train.py
 """
 
+import ast
 import codecs
 import hashlib
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from BPE import BPE
-from GPT import GPT, pick_device
+from Attention import draw_attention
+from BPE import BPE, draw_tokens
+from Embeddings import draw_similarity
+from GPT import GPT, pick_device, whole_number
 
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
-PROMPT = ""            # how the text begins; "": the net begins a new document
+PROMPT = ""            # how the text begins; "": as the training texts begin
 NUM_SAMPLES = 1        # continuations of the prompt, made side by side
 MAX_NEW_TOKENS = 300   # the length of each, in tokens; it may end earlier, where a document would
 TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: more daring
@@ -26,6 +30,7 @@ TOP_K = 50             # draw from the k likeliest tokens only; None: from all o
 TOP_P = 0.95           # draw from the likeliest that have this probability together; None: from all
 SEED = 1337            # another seed, another text; None: another text each time
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
+PICTURES = False       # True: draw the tokens and the attention of PROMPT, and the positions
 # ------------------------------------------------------------------------------------------------
 
 END = "<|endoftext|>"  # the special token between two documents
@@ -35,32 +40,33 @@ def main() -> None:
     out = Path(OUT_DIR)
     for file in (out / "model.pt", out / "tokenizer.json"):
         if not file.exists():
-            raise FileNotFoundError(
-                f"{file} is not there: run python train.py first, or set OUT_DIR to "
-                f"the folder of a finished run"
-            )
-    if NUM_SAMPLES < 1:
-        raise ValueError(f"NUM_SAMPLES={NUM_SAMPLES!r}: pick a whole number, 1 or more")
+            raise FileNotFoundError(f"{file} is not there: run python train.py first, or set "
+                                    f"OUT_DIR to the folder of a finished run")
+    samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
-    if model.notes.get("tokenizer_sha256") != hashlib.sha256(
-            (out / "tokenizer.json").read_bytes()).hexdigest():
-        raise ValueError(
-            f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} was "
-            f"trained with: put the right one there, or train anew"
-        )
+    tokenizer = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
+    if model.notes.get("tokenizer_sha256") != tokenizer:
+        raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} "
+                         f"was trained with: put the right one there, or train from scratch")
+    if changed := changed_code(out / "code"):
+        print(f"{', '.join(changed)}: not the code that the model was trained with, which is in "
+              f"{out / 'code'}", file=sys.stderr)
     bpe = BPE.load(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
 
-    x = torch.tensor([bpe.encode(PROMPT) or [end_token]] * NUM_SAMPLES)  # (B, T)
+    start = bpe.encode(PROMPT) or model.notes.get("start", [end_token])
+    # without a prompt: the end of a document or of a line, which isn't shown, or the first word
+    prompt = PROMPT or bpe.decode([i for i in start if i != end_token]).lstrip()
+    x = torch.tensor([start] * samples)  # (B, T)
     steps = model.stream(x, MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K, TOP_P, stop_token=end_token,
                          generator=generator)
-    rows = [[] for _ in range(NUM_SAMPLES)]  # the new tokens of each sample
+    rows = [[] for _ in range(samples)]  # the new tokens of each sample
     whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half of one
     started = time.perf_counter()
     try:
-        print(PROMPT, end="", flush=True)
+        print(prompt, end="", flush=True)
         for ids in steps:
             for row, token in zip(rows, ids.tolist(), strict=True):
                 row.append(token)
@@ -73,13 +79,60 @@ def main() -> None:
     print(whole_characters.decode(b"", final=True))
     rows = [row[: row.index(end_token)] if end_token in row else row for row in rows]
     for row in rows[1:]:
-        print("-" * 80 + "\n" + PROMPT + bpe.decode(row))
+        print("-" * 80 + "\n" + prompt + bpe.decode(row))
     made = sum(map(len, rows))
     print(f"\n[{made} tokens, {made / seconds:,.0f} tokens/s]")
+    if PICTURES:
+        draw(model, bpe, bpe.encode(PROMPT) or rows[0], out)
+
+
+def changed_code(folder: Path) -> list[str]:
+    """The scripts of the model's code that are others here; comments and docstrings don't count."""
+    def meaning(path: Path) -> str:
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [line for line in node.body if not (
+                    isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+        return ast.dump(tree)
+
+    here = Path(globals().get("__file__", "sample.py")).resolve().parent
+    names = [path.relative_to(folder) for path in folder.rglob("*.py") if path.name != "train.py"]
+    return [str(name) for name in sorted(names)
+            if not (here / name).exists() or meaning(here / name) != meaning(folder / name)]
+
+
+def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
+    """Draw the tokens, the layer with the sharpest attention to them, and the positions."""
+    ids = ids[: min(48, model.sizes["max_seq_len"])]  # more can't be read
+    labels, layers = [bpe.show([i]) for i in ids], []  # of layers: weights (H, T, T)
+
+    def attention() -> None:
+        hooks = [decoder.attention.register_forward_pre_hook(lambda module, inputs: layers.append(
+            module.weights(inputs[0])[0].cpu())) for decoder in model.decoders]
+        with torch.no_grad():
+            model.hidden(torch.tensor([ids], device=model.device))
+        for hook in hooks:
+            hook.remove()
+        sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
+        draw_attention(layers[sharpest], labels, str(out / "attention.png"),
+                       f"Layer {sharpest + 1} of {len(layers)}, the sharpest of them")
+
+    for what, function in (
+            ("tokens", lambda: draw_tokens(labels, str(out / "tokens.png"))),
+            ("attention", attention),
+            ("positions", lambda: draw_similarity(
+                model.positional_embeddings.embedding.weight.detach().cpu(),
+                str(out / "positions.png")))):
+        try:
+            function()
+        except Exception as error:  # no display, no matplotlib, no such part in an edited model
+            print(f"no picture of the {what}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a "?"
+    with suppress(AttributeError):  # a terminal that can't show a character shows a "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except BrokenPipeError:  # python sample.py | head: nobody reads on

@@ -15,7 +15,7 @@ import copy
 import csv
 import doctest
 import gc
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -24,12 +24,14 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import tokenize
 import unicodedata
@@ -43,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_each_step
 
 import BPE as bpe_file
 import sample
@@ -1634,6 +1637,37 @@ class TestGetData(Case):
         grown = getrusage(RUSAGE_SELF).ru_maxrss - before
         self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
 
+    def test_a_memmap_is_pickled_as_its_place(self):
+        np.save("ids.npy", np.arange(60_000, dtype=np.uint16))
+        Path("ids.bin").write_bytes(b"head" + np.arange(9_000, dtype="<u4").tobytes())
+        ids = np.load("ids.npy", mmap_mode="r")
+        for data in (ids, ids[777:9_000], ids[50:][25:8_000].view(np.ndarray),
+                     np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:]):
+            dataset = GetData(data, 5, stride=3)
+            bytes_ = pickle.dumps(dataset)
+            self.assertLess(len(bytes_), 1_000)
+            again = pickle.loads(bytes_)
+            self.assertEqual(len(again), len(dataset))
+            for i in (0, 7, -1):
+                self.assertSame(again[i], dataset[i])
+        changed = np.load("ids.npy", mmap_mode="c")  # changed in memory only
+        changed[3] = 9
+        for data in (changed, ids[::2], np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
+            dataset = GetData(data, 5)
+            self.assertSame(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
+
+    def test_workers_of_a_dataloader(self):
+        np.save("ids.npy", np.arange(2_000, dtype=np.uint16))
+        dataset = GetData(np.load("ids.npy", mmap_mode="r")[11:], 8, stride=8)
+        expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
+        methods = set(torch.multiprocessing.get_all_start_methods()) & {"fork", "spawn"}
+        for method in sorted(methods):
+            loader = torch.utils.data.DataLoader(dataset, 64, num_workers=2,
+                                                 multiprocessing_context=method)
+            with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+                found = torch.cat([x for x, _ in loader])
+            self.assertTrue(torch.equal(found, expected), method)
+
     def test_dataloader_takes_it(self):
         loader = torch.utils.data.DataLoader(GetData(list(range(50)), 8), batch_size=4)
         x, y = next(iter(loader))
@@ -2204,6 +2238,502 @@ class TestSample(RunCase):
         self.assertRefused(ValueError, "tokenizer.json.*model.pt", self.sample)
 
 
+def files_of(folder):
+    """The bytes of every file in a folder but the lock, by name."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*")
+            if file.is_file() and file.name != ".lock"}
+
+
+class Copies(RunCase):
+    """Runs with edited copies of our scripts."""
+
+    def copy_scripts(self, **edits):
+        """Our scripts in a new folder; edits: a file's name without .py, and its (old, new)."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="scripts"))
+        for file in HERE.glob("*.py"):
+            shutil.copy(file, folder)
+        for name, (old, new) in edits.items():
+            text = (folder / f"{name}.py").read_text("utf-8") if old else ""
+            self.assertIn(old, text)
+            (folder / f"{name}.py").write_text(text.replace(old, new, 1) if old else new, "utf-8")
+        return folder
+
+    def import_from(self, folder):
+        """train.py of that folder, imported as in a new process."""
+        self.enterContext(mock.patch.dict(sys.modules))
+        for name in [*MODULES, "Norm"]:
+            sys.modules.pop(name, None)
+        with (mock.patch.object(sys, "path", [str(folder), *sys.path]),
+              mock.patch.object(sys, "dont_write_bytecode", True)):
+            return importlib.import_module("train")
+
+    def train_with(self, folder, **changes):
+        return self.call(self.import_from(folder), SMALL | changes)
+
+
+class TestRunFolder(Copies):
+    """train.py never loses a run, mixes two or reports the wrong one."""
+
+    def test_a_folder_in_use_is_locked(self):
+        steps, seen = itertools.count(1), []
+
+        def second(*_):
+            if next(steps) == 6:
+                for changes in (dict(), dict(SEED=2), dict(RESUME=False)):
+                    with self.assertRaisesRegex(ValueError, "OUT_DIR='out' is in use") as caught:
+                        self.train(**changes)
+                    seen.append(caught.exception)
+                self.write("second.py", self.child_code(SEED=2))
+                seen.append(self.python("second.py", code=1))
+
+        self.train(OUT_DIR="whole")
+        with before_each_step(second):
+            printed = self.train()
+        self.assertIn("is in use", seen[3])
+        self.assertSameRun("whole", "out")
+        self.assertIn("step 12 of 12", printed)
+        self.assertIn("finished", self.train())  # free again
+
+    def test_refused_constants_move_nothing(self):
+        self.train(MAX_STEPS=8)
+        before = files_of("out")
+        Path("utf16.txt").write_bytes(("hello and so on " * 400).encode("utf-16-le"))
+        Path("russian.txt").write_bytes(("привет и так далее. " * 400).encode("utf-16-le"))
+        Path("latin.txt").write_bytes("grün ".encode("latin-1") * 400)
+        self.write("short.txt", "hello world")
+        for name, *values in (
+            ("EVAL_EVERY", 0, 2.5, "4"), ("BATCH_SIZE", 0), ("LEARNING_RATE", 0, math.nan, "1e-3"),
+            ("WARMUP_STEPS", 0.1, None), ("WEIGHT_DECAY", -1), ("SEED", -1, None, 1 << 63),
+            ("MAX_SEQ_LEN", 3000, 0, 2.5), ("DROPOUT", "0.1", 1), ("NUM_HEADS", True), ("COMPILE", "no"),
+            ("MAX_STEPS", 0), ("VOCAB_SIZE", 256), ("EVAL_TOKENS", 0), ("DTYPE", "fp16"),
+            ("RESUME", "yes"), ("DEVICE", "tpu9", None), ("ACCUMULATE", 0), ("OUT_DIR", ""),
+        ):
+            for value in values:
+                words = f"{name}.*{'3001' if value == 3000 else re.escape(str(value))}"
+                self.assertRefused(ValueError, words, self.train, **{name: value})
+        for name, words in (("short.txt", "MAX_SEQ_LEN"), ("latin.txt", "UTF-8"),
+                            ("utf16.txt", "UTF-16"), ("russian.txt", "UTF-16")):
+            for resume in ("auto", False, True):
+                self.assertRefused(ValueError, words, self.train, DATA_FILE=name, RESUME=resume)
+        self.assertEqual(files_of("out"), before)
+        self.assertIn("after step 8", self.train())
+
+    def test_numpy_numbers_are_numbers(self):
+        self.train(OUT_DIR="whole")
+        self.train(**{name: np.int64(value) if type(value) is int else np.float64(value)
+                      for name, value in SMALL.items() if type(value) in (int, float)})
+        self.assertSameRun("whole", "out")
+
+    def test_resume_true_and_false(self):
+        self.train(MAX_STEPS=4)
+        old = files_of("out")
+        printed = self.train(MAX_STEPS=4, RESUME=False)
+        self.assertIn("out-1", printed)
+        self.assertEqual(files_of("out-1"), old)
+        self.write("other.txt", "the dog sat on the red barn\n" * 90)
+        printed = self.train(MAX_STEPS=8, RESUME=True, DATA_FILE="other.txt", EVAL_EVERY=2)
+        for words in ("EVAL_EVERY", "text", "step 4"):
+            self.assertIn(words, printed)
+        self.assertEqual([int(row["step"]) for row in self.rows()], [4, 6, 8])
+        self.assertEqual(files_of("out")["tokenizer.json"], old["tokenizer.json"])
+        self.assertEqual("".join(self.texts()), Path("other.txt").read_text("utf-8"))
+        self.assertRefused(ValueError, "emb", self.train, RESUME=True, EMB_SIZE=8, MAX_STEPS=12,
+                           DATA_FILE="other.txt", EVAL_EVERY=2)
+        self.assertIn("finished", self.train(MAX_STEPS=8, DATA_FILE="other.txt", EVAL_EVERY=2))
+        self.assertIn("step 4 of 4", self.train(OUT_DIR="new", RESUME=True, MAX_STEPS=4))
+
+    def test_ids_of_another_text_are_not_resumed_with(self):
+        self.train(OUT_DIR="whole")
+        self.train(MAX_STEPS=4)
+        self.write("other.txt", "the dog sat on the red barn\n" * 90)
+        hook = before_each_step(lambda *_: 1 / 0)
+        with hook, self.assertRaises(ZeroDivisionError):  # other ids lie there, and nothing came
+            self.train(RESUME=True, DATA_FILE="other.txt")
+        self.train()
+        self.assertSameRun("whole", "out")
+        os.remove("out/valid.npy")  # made again as well
+        self.assertIn("step 12", self.train(MAX_STEPS=16))
+
+    def test_device_and_dtype_of_now(self):
+        self.train(MAX_STEPS=4, DEVICE="auto", DTYPE="auto")
+        saved = self.saved()
+        saved["notes"]["device"] = "cuda"  # as if a GPU had been here
+        torch.save(saved, "out/checkpoint.pt")
+        printed = self.train(MAX_STEPS=8, DEVICE="auto", DTYPE="auto")
+        self.assertIn("step 4", printed)
+        self.assertIn("cuda", printed)
+
+    def test_metrics_changed_by_others(self):
+        self.train(MAX_STEPS=4)
+        good = Path("out/metrics.csv").read_text("utf-8")
+        for text in ("\ufeff" + good, good.replace(",", ";"), good.replace("4", "four")):
+            self.write("out/metrics.csv", text)
+            for steps in (4, 8):  # finished, resumed
+                self.assertRefused(ValueError, "metrics.csv.*rename", self.train, MAX_STEPS=steps)
+        os.remove("out/metrics.csv")
+        loss = f"{self.saved()['run']['valid_losses'][0]:.4f}"
+        self.assertIn(loss, self.train(MAX_STEPS=4))
+        self.train(MAX_STEPS=8)
+        self.assertEqual([row["step"] for row in self.rows()], ["8"])
+
+    def test_folder_removed_while_training(self):
+        self.train(OUT_DIR="whole")
+        steps = itertools.count(1)
+        with before_each_step(
+                lambda *_: shutil.rmtree("out") if next(steps) == 6 else None):
+            self.train(MAX_STEPS=8)
+        self.assertEqual([row["step"] for row in self.rows()], ["4", "8"])
+        self.assertIn("step 8", self.train())
+        one, two = (self.saved(f"{out}/checkpoint.pt")["weights"] for out in ("whole", "out"))
+        self.assertSame(one, two)
+        self.assertTrue(self.sample())
+
+    def test_folders_that_stay_where_they_are(self):
+        os.makedirs("disk/run")
+        os.symlink("disk/run", "out", target_is_directory=True)
+        self.train(MAX_STEPS=1)
+        old = files_of("disk/run")
+        self.train(MAX_STEPS=1, SEED=2)  # the new run stays on the link's disk
+        self.assertTrue(os.path.islink("out"))
+        self.assertEqual(files_of("disk/run-1"), old)
+        self.assertNotEqual(files_of("disk/run"), old)
+        os.makedirs("below")
+        for out in (".", "below/..", str(self.folder)):
+            self.train(MAX_STEPS=1, OUT_DIR=out)
+            before = self.saved("checkpoint.pt")
+            self.assertRefused(ValueError, "OUT_DIR.*other SEED", self.train, OUT_DIR=out, SEED=3)
+            self.assertSame(before, self.saved("checkpoint.pt"))
+            self.assertIn("finished", self.train(MAX_STEPS=1, OUT_DIR=out))
+
+    def test_code_belongs_to_the_run(self):
+        relu = "torch.relu(self.expand(x))"
+        plain = self.copy_scripts()
+        gelu = self.copy_scripts(FFN=(relu, relu.replace("relu", "nn.functional.gelu")))
+        silent = self.copy_scripts(
+            FFN=(relu, f"{relu}  # a comment\n        # and another\n"),
+            GetData=('"""GetData', '"""Another docstring'),
+            train=("MAX_STEPS = 600 ", "LOG_LEVEL = 3\n\nMAX_STEPS = 6 "))
+        self.train_with(plain, MAX_STEPS=8)
+        first = files_of("out")
+        self.assertEqual({name for name in first if name.endswith(".py")},
+                         {f"code/{name}.py" for name in MODULES if name != "sample"})
+        self.assertEqual(first["code/FFN.py"], (plain / "FFN.py").read_bytes())
+        self.assertIn("finished", self.train_with(silent, MAX_STEPS=8))
+        self.assertIn("step 8", self.train_with(silent))
+        # finished: the edit trains from scratch
+        printed = self.train_with(gelu)
+        self.assertRegex(printed, r"FFN\.py(?s:.*)out-1")
+        self.assertNotRegex(printed, r"(Decoder|Attention|GPT)\.py")
+        self.assertEqual(files_of("out")["code/FFN.py"], (gelu / "FFN.py").read_bytes())
+        # unfinished: refused, nothing moved, with the choice
+        before = files_of("out")
+        with self.assertSays(ValueError, "FFN.py", "RESUME = True", "RESUME = False"):
+            self.train_with(plain, MAX_STEPS=16)
+        self.assertEqual(files_of("out"), before)
+        printed = self.train_with(plain, MAX_STEPS=16, RESUME=True)
+        self.assertRegex(printed, r"FFN\.py(?s:.*)step 12")
+        self.assertEqual(files_of("out")["code/FFN.py"], first["code/FFN.py"])
+        self.assertIn("finished", self.train_with(plain, MAX_STEPS=16))
+        # sample.py says it
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.call(self.import_from(plain) and importlib.import_module("sample"), SAMPLE)
+            self.assertEqual(said.getvalue().count(".py"), 0)
+            self.import_from(gelu)
+            with mock.patch.object(sys, "path", [str(gelu), *sys.path]):
+                self.call(importlib.import_module("sample"), SAMPLE)
+        self.assertIn("FFN.py", said.getvalue())
+
+    def test_a_users_own_module_belongs_to_the_run(self):
+        use = "from Norm import Norm as LayerNorm\nnn.LayerNorm = LayerNorm\n\n\nclass Decoder("
+        norm = "from torch import nn\n\n\nclass Norm(nn.RMSNorm):\n    {}\n"
+        one = self.copy_scripts(Decoder=("class Decoder(", use), Norm=("", norm.format("pass")))
+        two = self.copy_scripts(Decoder=("class Decoder(", use), Norm=("", norm.format("two = 2")))
+        (one / "unused.py").write_text("'not imported'")
+        real = nn.LayerNorm
+        self.addCleanup(setattr, nn, "LayerNorm", real)
+        self.train_with(one, MAX_STEPS=4)
+        self.assertIn("code/Norm.py", files_of("out"))
+        self.assertNotIn("code/unused.py", files_of("out"))
+        with self.assertSays(ValueError, "Norm.py", "RESUME"):
+            self.train_with(two, MAX_STEPS=8)
+
+    def test_code_as_it_was_imported(self):
+        scripts = self.copy_scripts()
+        module = self.import_from(scripts)
+        old = (scripts / "FFN.py").read_bytes()
+        (scripts / "FFN.py").write_bytes(old + b"\nEDITED = 1\n")  # too late for this process
+        printed = self.call(module, SMALL | dict(MAX_STEPS=4))
+        self.assertIn("FFN.py", printed)
+        self.assertEqual(files_of("out")["code/FFN.py"], old)
+        self.assertIn("FFN.py", self.train_with(scripts, MAX_STEPS=4))
+        self.assertEqual(files_of("out")["code/FFN.py"], old + b"\nEDITED = 1\n")
+        self.assertEqual(files_of("out-1")["code/FFN.py"], old)
+
+    def test_users_constants_are_settings(self):
+        scripts, again = (self.copy_scripts(train=(
+            "MAX_STEPS = 600 ", f"MINE = [1, {n}]\nLOG_X = {n}\nMAX_STEPS = 6 ")) for n in (2, 3))
+        self.train_with(scripts, MAX_STEPS=4)
+        module = self.import_from(scripts)
+        self.assertIn("finished", self.call(module, SMALL | dict(MAX_STEPS=4, LOG_X=9)))
+        printed = self.train_with(again, MAX_STEPS=4)
+        self.assertIn("MINE", printed)
+        self.assertNotIn("LOG_X", printed)
+        self.assertTrue(os.path.exists("out-1"))
+
+    def test_an_interrupted_preparation_leaves_the_old_run(self):
+        self.train(MAX_STEPS=4)
+        before = files_of("out")
+        scripts = self.copy_scripts()
+        text = (scripts / "train.py").read_text("utf-8")
+        for name, value in (SMALL | dict(SEED=2)).items():
+            text = re.sub(rf"(?m)^{name} = \S+", f"{name} = {value!r}", text)
+        (scripts / "train.py").write_text(text, "utf-8")
+        printed = self.python("-c", f"""if True:
+            import os, runpy, signal, sys
+            sys.path.insert(0, {str(scripts)!r})
+            def interrupt(event, arguments):  # Ctrl-C while the text is encoded
+                if event == "open" and "train.npy" in str(arguments[0]):
+                    signal.raise_signal(signal.SIGINT)
+            sys.addaudithook(interrupt)
+            runpy.run_path({str(scripts / "train.py")!r}, run_name="__main__")
+        """, code=130)
+        self.assertNotIn("Traceback", printed)
+        self.assertEqual(files_of("out"), before)
+        self.assertEqual(sorted(os.listdir("out")), sorted({".lock", *{
+            name.split("/")[0] for name in before}}))
+
+
+class TestPlaces(Copies):
+    """Any place to start from: notebooks, threads, pipes, logs; any text."""
+
+    def test_in_a_thread(self):
+        said = []
+        thread = threading.Thread(target=lambda: said.append(self.train()))
+        thread.start()
+        thread.join()
+        self.assertIn("best validation loss", said[0])
+
+    def test_as_percent_run_does_it(self):
+        scripts = self.copy_scripts()
+        text = (scripts / "train.py").read_text("utf-8")
+        for name, value in SMALL.items():
+            text = re.sub(rf"(?m)^{name} = \S+", f"{name} = {value!r}", text)
+        (scripts / "train.py").write_text(text, "utf-8")
+        with contextlib.redirect_stdout(io.StringIO()) as out:  # has no reconfigure()
+            runpy.run_path(str(scripts / "train.py"), run_name="__main__")
+        self.assertIn("best validation loss", out.getvalue())
+        text = (scripts / "sample.py").read_text("utf-8")
+        (scripts / "sample.py").write_text(text.replace("= 300 ", "= 3 "), "utf-8")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(scripts / "sample.py"), run_name="__main__")
+        self.assertIn("tokens/s", out.getvalue())
+
+    def test_a_line_for_each_validation_without_a_terminal(self):
+        lines = [line for line in self.train().splitlines() if re.match(r"step \d+ of 12: ", line)]
+        for row, line in zip(self.rows(), lines, strict=True):
+            for name in ("step", "train_loss", "valid_loss", "valid_bits_per_byte"):
+                self.assertIn(row[name], line)
+            self.assertIn("tokens/s", line)
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no broken pipe")
+    def test_nobody_reads_on_and_no_picture_can_be_drawn(self):
+        self.write("run.py", self.child_code())
+        child = subprocess.Popen(
+            [sys.executable, "run.py"], cwd=self.folder, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(HERE), "MPLBACKEND": "no such backend"})
+        child.stdout.readline()
+        child.stdout.close()
+        said = child.stderr.read().decode()
+        child.stderr.close()
+        self.assertEqual(child.wait(), 0, said)
+        self.assertNotIn("Error", said)
+        self.assertEqual([row["step"] for row in self.rows()], ["4", "8", "12"])
+
+    def test_a_picture_never_ends_a_run(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.figure": None}):
+            printed = self.train()
+        self.assertIn("matplotlib", printed)
+        self.assertIn("sample of", printed)
+        with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.pyplot": None}):
+            self.assertIn("tokens/s", self.sample(PICTURES=True))
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_pictures(self):
+        self.train(MAX_STEPS=1)
+        self.sample(PICTURES=True, PROMPT="the cat | sat")
+        self.sample(PICTURES=True, PROMPT="")
+        self.sample(PICTURES=True, PROMPT="the cat sat on a mat " * 30)
+        for name in ("tokens", "attention", "positions"):
+            self.assertEqual(Path(f"out/{name}.png").read_bytes()[:4], b"\x89PNG")
+        flat = self.copy_scripts(GPT=(
+            "self.token_embeddings(x) + self.positional_embeddings(x.shape[1], start)",
+            "self.token_embeddings(x)"))
+        text = (flat / "GPT.py").read_text("utf-8")
+        (flat / "GPT.py").write_text(re.sub(
+            r"(?m)^ +self\.positional_embeddings = .*\n", "", text), "utf-8")
+        try:
+            self.train_with(flat, MAX_STEPS=1, OUT_DIR="flat")
+        except KeyError:
+            self.skipTest("waits for a GPT.py that loads a model without positions")
+        with mock.patch.object(sys, "path", [str(flat), *sys.path]):
+            script = importlib.import_module("sample")
+        self.call(script, SAMPLE | dict(OUT_DIR="flat", PICTURES=True))
+        self.assertTrue(os.path.exists("flat/attention.png"))
+        self.assertFalse(os.path.exists("flat/positions.png"))
+
+    def first_letters(self, n=30, **changes):
+        """How n samples without a prompt begin."""
+        texts = self.sample(PROMPT="", NUM_SAMPLES=n, MAX_NEW_TOKENS=2, **changes)
+        return [text.strip("\n")[:1] for text in texts.split("\n[")[0].split("-" * 80 + "\n")]
+
+    def test_an_empty_prompt_begins_as_the_texts_begin(self):
+        """A line begins with a capital letter, anything else doesn't."""
+        line = lambda: " ".join(random.choices(WORDS, k=4)).capitalize()  # noqa: E731
+        self.write("lines.txt", "\n".join(line() for _ in range(300)))
+        for n in range(30):
+            self.write(f"{n}.txt", line() + " " + " ".join(line().lower() for _ in range(15)))
+        self.write("one.txt", "Zebra " + " ".join(random.choices(WORDS, k=1500)))
+        more = dict(MAX_STEPS=200, EVAL_EVERY=200, DROPOUT=0.0, BATCH_SIZE=16, ACCUMULATE=1)
+        for out, files in (("lines", "lines.txt"), ("many", [f"{n}.txt" for n in range(30)])):
+            self.train(DATA_FILE=files, OUT_DIR=out, **more)
+            letters = self.first_letters(OUT_DIR=out)
+            capitals = sum(letter.isupper() for letter in letters)
+            self.assertGreater(capitals, 20, letters)  # of 30; everywhere else 1 letter in 15
+        self.train(DATA_FILE="one.txt", OUT_DIR="one", **more)
+        self.assertEqual(set(self.first_letters(OUT_DIR="one")), {"Z"})
+
+    def test_text_that_says_the_special_token(self):
+        self.write("text.txt", "the cat sat\n<|endoftext|>\n" * 100)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            BPE(257, special_tokens=("<|endoftext|>",)).fit("<|endoftext|>")
+            if not caught:
+                self.skipTest("waits for a BPE.fit that says it")
+            self.train(MAX_STEPS=1)
+        said = " ".join(str(warning.message) for warning in caught)
+        self.assertRegex(said, r"<\|endoftext\|>.* 90 times")
+
+    def test_a_validation_reads_an_even_part(self):
+        self.write("text.txt", " ".join(str(random.random()) for _ in range(2000)))
+        seen = []
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0].clone())
+            if isinstance(module, nn.Embedding) and not module.training
+            and inputs[0].dim() == 2 else None)
+        few = dict(MAX_STEPS=8, EVAL_TOKENS=512, BATCH_SIZE=16, ACCUMULATE=1)
+        with hook, mock.patch.object(train, "print_sample", lambda *_: None, create=True):
+            self.train(**few)
+        ids, size = np.load("out/valid.npy").astype(np.int64), 16
+        self.assertGreater(len(ids), 5 * 512)
+        windows = torch.cat(seen)
+        windows = windows[windows.shape[0] % 2 :]
+        self.assertTrue(torch.equal(*windows.chunk(2)))  # both times the same
+        windows = windows.chunk(2)[0]
+        self.assertLessEqual(abs(windows.numel() - 512), 2 * size)
+        places = {tuple(ids[i : i + size]): i for i in range(len(ids) - size)}
+        found = sorted(places[tuple(window.tolist())] for window in windows)
+        gaps = np.diff([-size, *found, len(ids)])
+        self.assertLessEqual(gaps.max(), 2.5 * len(ids) / len(found))
+        whole = self.train(OUT_DIR="all", **few | dict(EVAL_TOKENS=None))
+        self.assertIn("passes over the text", whole)
+
+    def test_how_often_the_text_is_read(self):
+        printed = self.train(MAX_STEPS=30)
+        tokens = len(np.load("out/train.npy"))
+        self.assertIn(f"{30 * 2 * 4 * 16:,} tokens: {30 * 2 * 4 * 16 / tokens:.2g} passes", printed)
+        self.assertNotIn("never read", printed)
+        self.assertIn("never read", self.train(MAX_STEPS=2))
+
+
+class TestEdits(Copies):
+    """What people change first: one place, the effect is trained, stopped, resumed, sampled."""
+
+    GO = """
+        import sample, train
+        from torch.optim.optimizer import register_optimizer_step_pre_hook as before_each_step
+        import itertools, os
+        steps = itertools.count(1)
+        before_each_step(lambda *_: os.kill(os.getpid(), 2) if next(steps) == 18 else None)
+        for out in ("whole", "out", "out"):
+            vars(train).update({train} | dict(OUT_DIR=out))
+            try:
+                train.main()
+            except SystemExit as stop:
+                print("stopped", stop.code)
+        vars(sample).update({sample})
+        sample.main()
+    """
+
+    def effect(self, *names, **edits):
+        """Edit, train beside a finished run, stop, resume, sample; returns what was printed."""
+        self.train()
+        before = self.saved()["weights"]
+        scripts = self.copy_scripts(**edits)
+        (scripts / "go.py").write_text(textwrap.dedent(self.GO).format(train=SMALL, sample=SAMPLE))
+        printed = self.python(str(scripts / "go.py"), env={"PYTHONPATH": ""})
+        for words in (*names, "out-1", "stopped 130", "after step 6", "the cat"):
+            self.assertIn(words, printed)
+        self.assertSame(before, self.saved("out-1/checkpoint.pt")["weights"])
+        self.assertSameRun("whole", "out")
+        after = self.saved()["weights"]
+        self.assertFalse(before.keys() == after.keys()
+                         and all(map(torch.equal, before.values(), after.values())))
+        return printed
+
+    def insert(self, pattern, line):
+        """(old, new) for GPT.py: a line after the one that matches, as deep as the next."""
+        text = (HERE / "GPT.py").read_text("utf-8")
+        if not (found := re.search(pattern, text)):
+            self.skipTest(f"waits for a GPT.py with {pattern}")
+        return found[0], found[0] + line + "\n"
+
+    def test_activation(self):
+        self.effect("FFN.py", FFN=("torch.relu(", "nn.functional.gelu("))
+
+    def test_pre_norm(self):
+        scripts = (HERE / "Decoder.py").read_text("utf-8")
+        old = re.search(r"        x = self.norm1.*\n.*self.norm2.*\n", scripts)[0]
+        self.effect("Decoder.py", Decoder=(old, (
+            "        x = x + self.attention(self.norm1(x), cache)\n"
+            "        return x + self.ffn(self.norm2(x))\n")))
+
+    def test_optimizer(self):
+        self.effect("GPT.py", GPT=self.insert(
+            r"    def make_optimizer\([^:]*:[^)]*\)[^\n]*:\n",
+            "        return torch.optim.SGD(self.parameters(), lr=learning_rate, momentum=0.9)"))
+
+    def test_schedule_with_a_constant_of_ones_own(self):
+        schedule = ("def schedule(step):\n    left = 1 - step / MAX_STEPS\n"
+                    "    return LEARNING_RATE * (FLOOR + (1 - FLOOR) * left)\n\n\n")
+        scripts = (HERE / "train.py").read_text("utf-8")
+        old = scripts[scripts.index("WARMUP_STEPS = "):scripts.index("            model.fit(train")]
+        new = old.replace("WEIGHT_DECAY = ", "FLOOR = 0.2\nWEIGHT_DECAY = ", 1)
+        new = new.replace("def main()", schedule + "def main()")
+        call = "            model.fit(train, valid, 1, "
+        try:
+            self.effect("FLOOR", train=(old + call + "LEARNING_RATE",
+                                        new + call + "schedule"))
+        except AssertionError as error:
+            if "learning_rate=" not in str(error):
+                raise
+            self.skipTest("waits for a fit that takes a function as its learning_rate")
+        rates = [float(row["learning_rate"]) for row in self.rows()]
+        self.assertEqual(rates, [float(f"{1e-2 * (0.2 + 0.8 * (1 - n / 12)):.3g}")
+                                 for n in (3, 7, 11)])
+
+    def test_log_line(self):
+        line = self.insert(r"(?m)^( +)bar\.update\(.*\n", "")[0]
+        indent = line[: len(line) - len(line.lstrip())]
+        scripts = self.copy_scripts(
+            GPT=(line, line + indent + "print('logged', flush=True)\n"),
+            train=("MAX_STEPS = 600 ", "LOG_LEVEL = 1\nMAX_STEPS = 6 "))
+        printed = self.train_with(scripts)
+        self.assertEqual(printed.count("logged"), 12)
+        module = self.import_from(scripts)
+        self.assertIn("step 12", self.call(module, SMALL | dict(LOG_LEVEL=2, MAX_STEPS=16)))
+
+
 class TestFiles(Case):
     """What holds for the folder as a whole."""
 
@@ -2295,6 +2825,9 @@ NASTY = [
 SOME = [*"  \nabeé中1½'s.\r\x85\xa0😀Ж", "\u0301"]
 MORE = [*"aB1 \n'!/.,é中。，½\t(=", "  ", "\r\n", "'s", "e\u0301", "\x85", "\u3000", "\xa0", "\x1f"]
 EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/", "!\n/a", "1,2.", "a  b"]  # for cuts
+
+
+CATEGORY_RUNS: list = []  # (category, white space or not, first and last code point); made once
 
 
 def library(name):

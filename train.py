@@ -1,21 +1,30 @@
 """train.py: from a text to a GPT that writes such text. Edit the constants, then: python train.py
 
-It holds back the end of the text, trains a tokenizer on the rest, trains the net, validates it on
+It holds back the end of the text, trains a tokenizer on the rest, trains the model, validates it on
 the held-out part as it goes, and prints a sample. Stop it whenever you like (Ctrl-C, a power cut):
-run again, it goes on where it was. On several processes: torchrun --nproc_per_node=2 train.py
+run it again and it resumes. On several processes: torchrun --nproc_per_node=2 train.py
 """
 
+import ast
 import csv
 import hashlib
+import inspect
+import io
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from importlib.machinery import ModuleSpec
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +33,18 @@ import torch.distributed as dist
 
 from BPE import BPE, read_text
 from GetData import Batches, GetData
-from GPT import GPT, pick_device, pick_dtype, read_file
+from GPT import GPT, check_number, pick_device, pick_dtype, read_file, whole_number
 
 # ------------------------------------------------------------------------------------------------
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
-OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, figures
+OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, metrics, code
+RESUME = "auto"        # "auto": resume what was interrupted, start from scratch where a constant or
+                       # the text changed; True: resume whatever changed; False: from scratch.
+                       # Starting from scratch keeps the old folder, as out-1, out-2, …
 
 VOCAB_SIZE = 1024      # V: tokens the tokenizer learns; at least 257; more for more text
-MAX_SEQ_LEN = 64       # T: tokens the net can look back; memory and time of attention grow with T²
-EMB_SIZE = 192         # E: width of the net; more learns more and costs E² time
+MAX_SEQ_LEN = 64       # T: tokens the model can look back; memory and time of attention grow as T²
+EMB_SIZE = 192         # E: width of the model; more learns more and costs E² time
 NUM_HEADS = 6          # H: attention heads in a layer
 HEAD_SIZE = 32         # D: width of a head; H·D is usually E
 NUM_LAYERS = 3         # decoder blocks, one after another
@@ -40,18 +52,20 @@ DROPOUT = 0.1          # share of activations dropped in training; 0 if the text
 
 BATCH_SIZE = 16        # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
-MAX_STEPS = 600        # steps of training; raise it and run again to train on
-LEARNING_RATE = 3e-3   # the peak; lower it for deeper nets (1e-3 for 12 layers)
-WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few a post-norm net
+MAX_STEPS = 600        # steps of training; raise it and run again to train longer
+LEARNING_RATE = 3e-3   # the peak; lower it for deeper models (1e-3 for 12 layers)
+WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few a post-norm model
                        # only learns how frequent each token is (4 layers at 4e-3: stuck with 80
                        # steps, learns with 200)
 WEIGHT_DECAY = 0.1     # pull of the weight matrices towards 0
 EVAL_EVERY = 100       # steps between validations; at most so many are lost in a power cut
+EVAL_TOKENS = 18_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
+                       # the time at the values here); None: all of them
 
 SEED = 1337            # of initial weights, dropout and the order of the windows
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
-COMPILE = False        # True: torch.compile; pays on long runs, wants a C++ compiler
+COMPILE = False        # True: torch.compile; pays on long runs, needs a C++ compiler
 # ------------------------------------------------------------------------------------------------
 
 END = "<|endoftext|>"  # the special token between two documents
@@ -59,103 +73,96 @@ END = "<|endoftext|>"  # the special token between two documents
 
 def main() -> None:
     started = time.perf_counter()
-    if not isinstance(MAX_STEPS, int) or MAX_STEPS < 1:
-        raise ValueError(f"MAX_STEPS={MAX_STEPS!r}: pick a whole number, 1 or more")
+    settings = check_constants()
     device = own_device(DEVICE)
-    rank, ranks = join_group(device)
-    out = Path(OUT_DIR)
-    checkpoint = out / "checkpoint.pt"
-    documents = find_documents()
     dtype = pick_dtype(device, DTYPE)
-    bpe = BPE(VOCAB_SIZE, special_tokens=(END,))
     sizes = (MAX_SEQ_LEN, EMB_SIZE, NUM_HEADS, HEAD_SIZE, NUM_LAYERS, DROPOUT)
-    with torch.device("meta"):  # a net without numbers: wrong sizes are told before a run is moved
+    with torch.device("meta"):  # checks the sizes: a model on the meta device takes no memory
         GPT(VOCAB_SIZE, *sizes, device="meta")
-    names = (
-        "VOCAB_SIZE MAX_SEQ_LEN EMB_SIZE NUM_HEADS HEAD_SIZE NUM_LAYERS DROPOUT BATCH_SIZE "
-        "ACCUMULATE MAX_STEPS LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY EVAL_EVERY SEED DEVICE DTYPE "
-        "COMPILE"
-    ).split()
-    settings = json.loads(json.dumps({name: globals()[name] for name in names}))  # plain values
-    settings |= {"DATA": fingerprint(documents), "processes": ranks}
-    say = print if rank == 0 else (lambda *_: None)
-
-    if rank == 0:
-        open_folder(out, settings)
-    if ranks > 1:
-        dist.barrier()
-    saved = read_file(checkpoint) if checkpoint.exists() else None
-    if saved and saved["run"]["step"] >= MAX_STEPS:
-        say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
-            f"To train it further raise MAX_STEPS; to start anew rename or remove {OUT_DIR}.")
+    out = Path(OUT_DIR).resolve()
+    with process_group(device) as (rank, ranks), ExitStack() as locks:
+        shared = [get_ready(out, settings, locks) if rank == 0 else None]
+        if ranks > 1:
+            dist.broadcast_object_list(shared)  # rank 0 decides for all
+        if (ready := shared[0]) is None:  # the run is finished
+            return
+        bpe = BPE.load(out / "tokenizer.json")
+        train_ids = np.load(out / "train.npy", mmap_mode="r")
+        valid_ids = np.load(out / "valid.npy", mmap_mode="r")
+        torch.manual_seed(SEED)
+        model = GPT(len(bpe), *sizes, device)
+        model.notes = {"settings": ready["settings"], "device": device.type,
+                       "tokenizer_sha256": sha256(out / "tokenizer.json"),
+                       "start": how_texts_begin(train_ids, bpe)}
+        torch.manual_seed(SEED + rank)  # every process drops other activations
+        train = Batches(GetData(train_ids, MAX_SEQ_LEN), BATCH_SIZE, SEED, rank, ranks)
+        stride = max(MAX_SEQ_LEN, len(valid_ids) * MAX_SEQ_LEN // (EVAL_TOKENS or len(valid_ids)))
+        valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None,
+                        rank, ranks)
+        rows = ready["rows"]
+        before = float(rows[-1]["seconds"]) if rows else 0.0
         if rank == 0:
-            report(out)
-        return
-    if saved:  # what "auto" was
-        device, dtype = own_device(saved["notes"]["device"]), saved["run"]["dtype"]
-    elif rank == 0:
-        prepare_data(out, documents, bpe)
-    if ranks > 1:
-        dist.barrier()
-    bpe = BPE.load(out / "tokenizer.json")
-    train_ids = np.load(out / "train.npy", mmap_mode="r")
-    valid_ids = np.load(out / "valid.npy", mmap_mode="r")
-    valid_bytes = sum(map(size, documents)) - split_point(documents)
-    if min(len(train_ids), len(valid_ids)) < MAX_SEQ_LEN + 1:
-        raise ValueError(
-            f"{len(train_ids)} tokens to train on and {len(valid_ids)} held out, but a "
-            f"window takes MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a "
-            f"smaller MAX_SEQ_LEN"
-        )
+            describe(model, f"{dtype}, processes: {ranks}", ready, len(train_ids), len(valid_ids))
 
-    torch.manual_seed(SEED)
-    model = GPT(len(bpe), *sizes, device)
-    model.notes = {"settings": settings, "device": device.type if DEVICE == "auto" else DEVICE,
-                   "tokenizer_sha256": sha256(out / "tokenizer.json")}
-    if saved and saved["notes"]["tokenizer_sha256"] != model.notes["tokenizer_sha256"]:
-        raise ValueError(f"{out / 'tokenizer.json'} is not the one that {checkpoint} was trained "
-                         f"with: put it back, or rename {OUT_DIR} to start anew")
-    torch.manual_seed(SEED + rank)  # every process drops other activations
-    train = Batches(GetData(train_ids, MAX_SEQ_LEN), BATCH_SIZE, SEED, rank, ranks)
-    valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=MAX_SEQ_LEN), BATCH_SIZE, None,
-                    rank, ranks)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"net: {parameters:,} parameters on {device}, {dtype}, processes: {ranks}; "
-        f"{len(train_ids):,} tokens to train on, {len(valid_ids):,} held out")
-    if saved:
-        say(f"going on after step {saved['run']['step']} of {MAX_STEPS}")
-    rows = []
-    if rank == 0:
-        rows = cut_metrics(out / "metrics.csv", saved["run"]["step"] if saved else 0)
-    before = float(rows[-1]["seconds"]) if rows else 0.0
+        def on_eval(metrics: dict) -> None:
+            bits = metrics["valid_loss"] * len(valid_ids) / ready["valid_bytes"] / math.log(2)
+            rows.append({
+                "step": metrics["step"], "tokens": metrics["tokens"],
+                "seconds": f"{before + time.perf_counter() - started:.1f}",
+                "train_loss": f"{metrics['train_loss']:.4f}",
+                "valid_loss": f"{metrics['valid_loss']:.4f}", "valid_bits_per_byte": f"{bits:.4f}",
+                "learning_rate": f"{metrics['learning_rate']:.3g}",
+                "tokens_per_second": f"{metrics['tokens_per_second']:.0f}"})
+            log(rows[-1])
+            write_metrics(out, rows, ready["code"], bpe, locks)
+            if metrics["best"]:
+                model.save(out / "model.pt")
 
-    def on_eval(figures: dict) -> None:
-        bits = figures["valid_loss"] * len(valid_ids) / valid_bytes / math.log(2)
-        rows.append({
-            "step": figures["step"], "tokens": figures["tokens"],
-            "seconds": f"{before + time.perf_counter() - started:.1f}",
-            "train_loss": f"{figures['train_loss']:.4f}",
-            "valid_loss": f"{figures['valid_loss']:.4f}", "valid_bits_per_byte": f"{bits:.4f}",
-            "learning_rate": f"{figures['learning_rate']:.3g}",
-            "tokens_per_second": f"{figures['tokens_per_second']:.0f}"})
-        append_metrics(out / "metrics.csv", rows[-1])
-        if figures["best"]:
-            model.save(out / "model.pt")
+        with stop_on_signal(model) as stopped:
+            model.fit(train, valid, 1, LEARNING_RATE, max_steps=MAX_STEPS,
+                      warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE,
+                      eval_every=EVAL_EVERY, dtype=dtype, compile=COMPILE,
+                      checkpoint=out / "checkpoint.pt", on_eval=on_eval)
+        if rank == 0:
+            finish(out, rows, stopped)
 
-    with stop_on_signal(model) as stopped:
-        model.fit(train, valid, 1, LEARNING_RATE, max_steps=MAX_STEPS, warmup_steps=WARMUP_STEPS,
-                  weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
-                  dtype=dtype, compile=COMPILE, checkpoint=checkpoint, on_eval=on_eval)
-    if ranks > 1:
-        dist.destroy_process_group()
-    if rank == 0 and (not rows or int(rows[-1]["step"]) < MAX_STEPS):
-        how = "python train.py" if ranks == 1 else "the same torchrun command"
-        print(f"\nstopped; everything is in {checkpoint}. Go on: {how}")
-        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
-    if rank == 0:
-        draw_losses(out, rows)
-        report(out)
-        print_sample(out)
+
+def check_constants() -> dict:
+    """The settings of this run, plain values by name. ValueError for a constant out of range."""
+    here, least = globals(), {"VOCAB_SIZE": 257, "WARMUP_STEPS": 0, "SEED": 0}
+    for name in ("VOCAB_SIZE", "MAX_SEQ_LEN", "EMB_SIZE", "NUM_HEADS", "HEAD_SIZE", "NUM_LAYERS",
+                 "BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "WARMUP_STEPS", "EVAL_EVERY",
+                 "EVAL_TOKENS", "SEED"):
+        if name != "EVAL_TOKENS" or EVAL_TOKENS is not None:
+            here[name] = whole_number(name, here[name], least.get(name, 1))
+    for name in ("DROPOUT", "LEARNING_RATE", "WEIGHT_DECAY"):
+        if not callable(here[name]):  # a function step -> rate is a schedule of its own
+            here[name] = check_number(name, here[name], zero=name != "LEARNING_RATE")
+    for name, choices in (("RESUME", ("auto", True, False)), ("COMPILE", (True, False)),
+                          ("DTYPE", ("auto", "fp32", "bf16"))):
+        if repr(here[name]) not in map(repr, choices):
+            raise ValueError(f"{name}={here[name]!r}: pick one of {choices}")
+    if not isinstance(OUT_DIR, (str, os.PathLike)) or not str(OUT_DIR):
+        raise ValueError(f"OUT_DIR={OUT_DIR!r}: give the path of a folder")
+    if SEED >= 1 << 63:
+        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
+    if BATCH_SIZE % RANKS:
+        raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {RANKS} processes: pick a multiple of that")
+    if not (block := CONSTANTS.search(SOURCE)):
+        raise ValueError(f"{FILE}: put the two lines of dashes around the constants back; what "
+                         f"stands between them makes a run")
+    names = [node.id for node in ast.walk(ast.parse(block[0]))
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return {name: json.loads(json.dumps(here[name], default=in_words)) for name in names
+            if name in here and name not in ("DATA_FILE", "OUT_DIR", "RESUME")
+            and not name.startswith("LOG_")}
+
+
+def in_words(value: object) -> str:
+    """A constant that JSON doesn't know: a function is its source."""
+    with suppress(TypeError, OSError):
+        return inspect.getsource(value)
+    return str(value)
 
 
 # ------------------------------------------------------------------ the text
@@ -170,12 +177,14 @@ def find_documents() -> list[Path] | list[bytes]:
             raise ValueError("this Python comes without pydoc_data.topics, the default text: set "
                              "DATA_FILE to a text file of yours") from None
         return [topics[name].encode() for name in sorted(topics)]
-    files = [Path(file) for file in
-             ([DATA_FILE] if isinstance(DATA_FILE, (str, os.PathLike)) else DATA_FILE)]
+    one = isinstance(DATA_FILE, (str, os.PathLike))
+    if not one and not isinstance(DATA_FILE, (list, tuple)):
+        raise ValueError(f"DATA_FILE={DATA_FILE!r}: give a path, a list of paths, or None")
+    files = [Path(file).resolve() for file in ([DATA_FILE] if one else DATA_FILE)]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"DATA_FILE: there is no file {file} in {Path.cwd()}; give the "
-                                    f"path of a text file, or None for Python's documentation")
+            raise FileNotFoundError(f"DATA_FILE: there is no file {file}; give the path of a text "
+                                    f"file, or None for Python's documentation")
     if sum(map(size, files)) == 0:
         raise ValueError(f"DATA_FILE={DATA_FILE!r} is empty: give a file with text in it")
     return files
@@ -186,26 +195,22 @@ def size(document: Path | bytes) -> int:
     return len(document) if isinstance(document, bytes) else document.stat().st_size
 
 
-def text_of(document: Path | bytes, start: int, stop: int) -> Iterator[str]:
-    """The text of bytes start … stop of a document, in pieces. ValueError if it isn't UTF-8."""
-    if isinstance(document, bytes):
-        yield document[start:stop].decode()
-    else:
-        yield from read_text(document, start, stop)
+def blocks(document: Path | bytes, start: int = 0) -> Iterator[bytes]:
+    """The bytes of a document from `start` on, a megabyte at a time."""
+    with io.BytesIO(document) if isinstance(document, bytes) else open(document, "rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            yield block
 
 
-def fingerprint(documents: list[Path] | list[bytes]) -> str:
+def sha256(*documents: Path | bytes) -> str:
     """The same for the same bytes, wherever the files lie."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update((hashlib.sha256(document).hexdigest() if isinstance(document, bytes)
-                       else sha256(document)).encode())
+        for block in blocks(document):
+            digest.update(block)
+        digest.update(b"%d" % size(document) if len(documents) > 1 else b"")
     return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def split_point(documents: list[Path] | list[bytes]) -> int:
@@ -217,12 +222,7 @@ def split_point(documents: list[Path] | list[bytes]) -> int:
         if point < size(document):
             break
         before += size(document)
-    if isinstance(document, bytes):
-        rest = document[point : point + 4096]
-    else:
-        with open(document, "rb") as file:
-            file.seek(point)
-            rest = file.read(4096)
+    rest = next(blocks(document, point))[:4096]
     line = rest.find(b"\n", 0, total // 100) + 1
     # UTF-8: all bytes of a character but its first are 10xxxxxx
     character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
@@ -236,100 +236,271 @@ def pieces(documents: list[Path] | list[bytes], start: int, stop: int,
     for document in documents:
         first, last = max(start - before, 0), min(stop - before, size(document))
         if first < last:
-            yield from text_of(document, first, last)
+            yield from (read_text(document, first, last) if isinstance(document, Path) else
+                        [document[first:last].decode()])
             if end_token is not None and before + last < stop:
                 yield end_token
         before += size(document)
 
 
+def how_texts_begin(train_ids: np.ndarray, bpe: BPE) -> list[int]:
+    """What stands before the text that the model writes without a prompt: the token between two
+    documents if it was seen often enough to be learned, else the one that most lines end with, else
+    (no lines) the first of the text."""
+    counts = np.bincount(train_ids[:1_000_000], minlength=len(bpe))
+    end = bpe.special_tokens[END]
+    line = max((i for i in range(len(bpe)) if i != end and bpe.decode_bytes([i])[-1:] == b"\n"),
+               key=counts.__getitem__)
+    return [next((i for i in (end, line) if counts[i] >= 10), int(train_ids[0]))]
+
+
+# ------------------------------------------------------------------ the code of the run
+
+FILE = Path(globals().get("__file__", "train.py")).resolve()  # a notebook's cell has no __file__
+SOURCE = FILE.read_bytes()
+CONSTANTS = re.compile(rb"(?ms)^# -{50,}\r?$.*?^# -{50,}\r?$")
+
+
+def scripts() -> dict[str, bytes]:
+    """The sources of this script and of all modules from its folder that it imports, or they
+    import, by file name, as they were when they were imported."""
+    finder = ModuleFinder([str(FILE.parent)])
+    finder.run_script(str(FILE))
+    found = {FILE.name: SOURCE}
+    for name, module in finder.modules.items():
+        path = Path(module.__file__ or "")
+        if path.suffix == ".py" and path != FILE:
+            # A notebook keeps a module while its file is edited; a reload makes a new spec.
+            kept = vars(getattr(sys.modules.get(name), "__spec__", None) or ModuleSpec(name, None))
+            found[path.relative_to(FILE.parent).as_posix()] = kept.setdefault(
+                "source_as_imported", path.read_bytes())
+    return found
+
+
+scripts()  # remembers them
+
+
+def meaning(source: bytes, name: str) -> str:
+    """The syntax tree of a script, without comments, docstrings and the values of constants."""
+    block = CONSTANTS.search(source) if name == FILE.name else None
+    tree = ast.parse(source.replace(block[0], b"") if block else source)
+    tree.body += [node for node in ast.parse(block[0] if block else b"").body
+                  if not isinstance(node, (ast.Assign, ast.AnnAssign))]
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [line for line in node.body if not (
+                isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+    return ast.dump(tree)
+
+
+def changed_code(folder: Path, code: dict[str, bytes]) -> list[str]:
+    """The names of the scripts that differ from those in the folder."""
+    kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    return [name for name in sorted({*kept, *code}) if not (
+        name in kept and name in code and meaning(kept[name], name) == meaning(code[name], name))]
+
+
+def write_code(folder: Path, code: dict[str, bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, source in code.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(source)
+
+
 # ------------------------------------------------------------------ the run's folder
 
 
-def open_folder(out: Path, settings: dict) -> None:
-    """Make OUT_DIR ready: a run that can be gone on with stays, any other is set aside, by name."""
-    try:
+def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
+    """Lock OUT_DIR, decide what to do with the run in it, and do it; None: that run is finished.
+    All that is new is made in a folder inside of OUT_DIR and takes its place last."""
+    documents, code, new = find_documents(), scripts(), out / "new.tmp"
+    settings["DATA"] = sha256(*documents)
+    for name in code:
+        if (FILE.parent / name).read_bytes() != code[name]:
+            say(f"{name} was edited after it was imported: restart Python to use the new code")
+    with about_out_dir("can't be written"):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "checkpoint.pt.tmp").write_bytes(b"can this folder be written?")
-        (out / "checkpoint.pt.tmp").unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"OUT_DIR can't be written ({error.strerror}); pick another",
-                      str(out)) from None
-    if (out / "checkpoint.pt").exists():
-        was = read_file(out / "checkpoint.pt")["notes"].get("settings", {})
-        changed = [key for key in settings if settings[key] != was.get(key)]
-        if changed == ["MAX_STEPS"] and MAX_STEPS > was["MAX_STEPS"]:
-            print(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}; the learning rate "
-                  f"follows the new, longer cosine from here on")
-            return
-        if not changed:
-            return
-        why = "other " + ", ".join(changed)
-    elif (out / "model.pt").exists():
-        why = "a model without its checkpoint.pt"
-    else:
-        if any(out.iterdir()):
-            print(f"{OUT_DIR}: no checkpoint yet, nothing to go on from: starting clean")
-        return
-    aside = next(path for n in range(1, sys.maxsize)
-                 if not (path := out.with_name(f"{out.name}-{n}")).exists())
-    out.rename(aside)
-    out.mkdir()
-    print(f"{OUT_DIR} holds another run ({why}): it is kept as {aside}; starting anew")
+    lock(out, locks)
+    saved, why = decide(out, settings, code)
+    rows = read_metrics(out / "metrics.csv", saved["run"]["step"]) if saved else []
+    if saved and saved["run"]["step"] >= MAX_STEPS:
+        say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
+            f"To train it longer raise MAX_STEPS; to start from scratch set RESUME = False.")
+        report(rows, min(saved["run"]["valid_losses"], default=math.nan))
+        return None
+    inside = [Path.cwd(), FILE, *(file for file in documents if isinstance(file, Path))]
+    if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
+        raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}) and can't be renamed to "
+                         f"keep it: it is a mount point, or the scripts, the text or the current "
+                         f"folder lie in it. Set OUT_DIR to another folder, or to one inside of it")
+    shutil.rmtree(new, ignore_errors=True)  # of a preparation that was killed
+    try:
+        with about_out_dir("can't be written"):
+            new.mkdir()
+        prepare(out, new, documents, settings["DATA"], code, saved)
+        if why:
+            aside = next(path for n in range(1, sys.maxsize)
+                         if not os.path.lexists(path := out.with_name(f"{out.name}-{n}")))
+            with about_out_dir(f"holds another run ({why}) and can't be renamed"):
+                out.rename(aside)
+            say(f"{OUT_DIR} holds another run ({why}): it is kept as {aside}; a new one starts "
+                f"from scratch")
+            out.mkdir()
+            lock(out, locks)
+            new = aside / new.name
+        if made := list(new.iterdir()):
+            (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids are of
+            for path in made:
+                if path.is_dir():
+                    shutil.rmtree(out / path.name, ignore_errors=True)
+                path.replace(out / path.name)
+            (out / "text.sha256").write_text(settings["DATA"])
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return {"settings": settings, "code": code, "rows": rows,
+            "step": saved["run"]["step"] if saved else 0,
+            "device": saved["notes"].get("device") if saved else None,
+            "valid_bytes": sum(map(size, documents)) - split_point(documents)}
 
 
-def prepare_data(out: Path, documents: list[Path] | list[bytes], bpe: BPE) -> None:
-    """Train the tokenizer on the first 90 % of the text; write the ids of both parts."""
+def decide(out: Path, settings: dict, code: dict[str, bytes]) -> tuple[dict | None, str]:
+    """The checkpoint to resume from, or None; and why the run in OUT_DIR must make room, or ""."""
+    if not (out / "checkpoint.pt").exists():
+        return None, "a model without its checkpoint.pt" if (out / "model.pt").exists() else ""
+    if RESUME is False:
+        return None, "RESUME = False"
+    saved = read_file(out / "checkpoint.pt")
+    if "run" not in saved:
+        raise ValueError(f"{out / 'checkpoint.pt'} is a model without the state of its training: "
+                         f"put the checkpoint back, or set RESUME = False to start from scratch")
+    was, files = saved["notes"].get("settings", {}), changed_code(out / "code", code)
+    names = [name for name in {**settings, **was} if settings.get(name) != was.get(name)]
+    what = ", ".join([*(f"other {name}: {was.get(name)} -> {settings.get(name)}" for name in names
+                        if name != "DATA"), *["another text (DATA_FILE)"] * ("DATA" in names),
+                      *(f"other code: {file}" for file in files)])
+    raised = names == ["MAX_STEPS"] and MAX_STEPS > was["MAX_STEPS"]
+    if RESUME is True:
+        if what:
+            say(f"RESUME = True: {OUT_DIR} is resumed with {what}")
+    elif names and not raised or files and saved["run"]["step"] >= MAX_STEPS:
+        return None, what
+    elif files:
+        raise ValueError(
+            f"{OUT_DIR} holds an unfinished run of {what}. Set RESUME = True to resume it with the "
+            f"code of now, or RESUME = False to start from scratch and keep it under another name; "
+            f"the code that it began with is in {out / 'code'}")
+    elif raised:
+        say(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}; the learning rate "
+            f"follows the new, longer cosine from here on")
+    return saved, ""
+
+
+def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str,
+            code: dict[str, bytes], saved: dict | None) -> None:
+    """Put into `new` what the run needs and OUT_DIR lacks: tokenizer, code, ids of both parts."""
     split, total = split_point(documents), sum(map(size, documents))
-    print(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} bytes held out")
-    bpe.fit(pieces(documents, 0, split))
-    bpe.save(out / "tokenizer.json")
-    end_token = bpe.special_tokens[END]
-    bpe.encode_file(pieces(documents, 0, split, end_token), out / "train.npy")
-    bpe.encode_file(pieces(documents, split, total, end_token), out / "valid.npy")
+    if saved:
+        tokenizer, ids = out / "tokenizer.json", [out / "train.npy", out / "valid.npy"]
+        if not tokenizer.exists() or sha256(tokenizer) != saved["notes"].get("tokenizer_sha256"):
+            raise ValueError(f"{tokenizer} is not the tokenizer of the run in {OUT_DIR}: put it "
+                             f"back, or set RESUME = False to start from scratch")
+        text = out / "text.sha256"
+        if all(file.exists() for file in (*ids, text)) and text.read_text() == data:
+            return
+        bpe = BPE.load(tokenizer)
+    else:
+        say(f"tokenizer: {VOCAB_SIZE} tokens from {split:,} bytes; {total - split:,} held out")
+        bpe = BPE(VOCAB_SIZE, special_tokens=(END,)).fit(pieces(documents, 0, split))
+        bpe.save(new / "tokenizer.json")
+        write_code(new / "code", code)
+    nul = sum(block.count(0) for document in documents for block in blocks(document))
+    if nul > total // 20:  # English in UTF-16: half; Russian: each space and full stop
+        raise ValueError(f"DATA_FILE={DATA_FILE!r}: {nul:,} of {total:,} bytes are NUL; is it "
+                         f"UTF-16? Convert it: iconv -f UTF-16 -t UTF-8")
+    tokens = [bpe.encode_file(pieces(documents, start, stop, bpe.special_tokens[END]), new / name)
+              for name, start, stop in (("train.npy", 0, split), ("valid.npy", split, total))]
+    if min(tokens) < MAX_SEQ_LEN + 1:
+        raise ValueError(
+            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window takes "
+            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller MAX_SEQ_LEN")
 
 
-def cut_metrics(path: Path, step: int) -> list[dict]:
-    """Read metrics.csv and cut it to what came up to that step; the rest will come again."""
-    if not path.exists():
+def lock(folder: Path, locks: ExitStack) -> None:
+    """Lock a folder until this main() ends, or this process, however it ends."""
+    try:
+        import fcntl
+        fcntl.flock(locks.enter_context(open(folder / ".lock", "w")),
+                    fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use: another train.py trains there. Wait for "
+                         f"it, stop it, or set OUT_DIR to another folder") from None
+    except (ImportError, OSError) as error:  # Windows, a read-only folder, some network drives
+        say(f"{OUT_DIR} can't be locked ({error}): don't start a second training there")
+
+
+@contextmanager
+def about_out_dir(what: str) -> Iterator[None]:
+    """An OSError says what is wrong with OUT_DIR and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"OUT_DIR {what} ({error.strerror}); set OUT_DIR to another "
+                      f"folder", str(OUT_DIR)) from None
+
+
+def read_metrics(path: Path, step: int) -> list[dict]:
+    """The rows of metrics.csv up to a step: what came after it will come again."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        for row, name in itertools.product(rows, ("seconds", "train_loss", "valid_loss", "tokens",
+                                                  "valid_bits_per_byte", "tokens_per_second")):
+            float(row[name])
+        return [row for row in rows if int(row["step"]) <= step]
+    except FileNotFoundError:
         return []
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file)
-                if None not in row.values() and int(row["step"]) <= step]
-    shorter = path.with_suffix(".csv.tmp")
-    shorter.unlink(missing_ok=True)
-    for row in rows:
-        append_metrics(shorter, row)
-    shorter.replace(path) if rows else path.unlink()
-    return rows
+    except (KeyError, ValueError, csv.Error):
+        raise ValueError(f"{path} is not as train.py wrote it (did another program save it?): "
+                         f"rename it, and run again") from None
 
 
-def append_metrics(path: Path, row: dict) -> None:
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
+def write_metrics(out: Path, rows: list[dict], code: dict[str, bytes], bpe: BPE,
+                  locks: ExitStack) -> None:
+    """Write metrics.csv; and the rest, in case somebody removed the folder meanwhile."""
+    with about_out_dir("can't be written"):
+        if not out.exists():
+            out.mkdir(parents=True)
+            lock(out, locks)
+        if not (out / "tokenizer.json").exists():
+            bpe.save(out / "tokenizer.json")
+        if changed_code(out / "code", code):  # RESUME = True with other code
+            write_code(out / "code", code)
+        with open(out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[-1], restval="", extrasaction="ignore")
             writer.writeheader()
-        writer.writerow(row)
+            writer.writerows(rows)
+        os.replace(out / "metrics.csv.tmp", out / "metrics.csv")
 
 
 # ------------------------------------------------------------------ processes, device, signals
 
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
+
 
 def own_device(name: str) -> torch.device:
     """The device of this process: of several processes on a machine with GPUs each has its own."""
-    device = torch.device(pick_device(name))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.type == "mps":  # processes can't share gradients there
-            return torch.device("cpu")
-    return device
+    device = torch.device(pick_device(str(name)))
+    if RANKS > 1 and device.type == "cuda":
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu") if RANKS > 1 and device.type == "mps" else device  # mps can't share
 
 
-def join_group(device: torch.device) -> tuple[int, int]:
-    """(rank, ranks): joins the process group that torchrun made, or (0, 1) without one."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
-        return 0, 1
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
+    """(rank, ranks) in the process group that torchrun made, or (0, 1) without one."""
+    if RANKS == 1:
+        yield 0, 1
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # DistributedDataParallel imports this; imported with a group, its functions hold the group for
@@ -337,7 +508,12 @@ def join_group(device: torch.device) -> tuple[int, int]:
     from torch.distributed.nn import functional  # noqa: F401
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
-    return dist.get_rank(), ranks
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    except SystemExit:  # stopped by a signal; at an error torchrun ends the others
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -349,9 +525,12 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
         stopped.append(number)
         model.stop_training = True
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; again: at once\n")  # print may be in use just now
+        with suppress(OSError):  # print may be in use just now
+            os.write(2, b"\nstopping after this step; again: at once\n")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    main_thread = threading.current_thread() is threading.main_thread()  # only it has handlers
+    before = {number: signal.signal(number, stop)
+              for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
     try:
         yield stopped
     finally:
@@ -362,36 +541,80 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
 # ------------------------------------------------------------------ what there is to see
 
 
-def report(out: Path) -> None:
-    """Print the best figures of the run, where everything lies, and the next command."""
-    with open(out / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+def say(text: str) -> None:
+    """Print. That nobody can read it ends no training."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        code = sys.stdout.encoding
+        print(text.encode(code, "replace").decode(code), flush=True)
+    except (OSError, ValueError):  # python train.py | head: nobody reads on
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(model: GPT, how: str, ready: dict, train_tokens: int, valid_tokens: int) -> None:
+    """Say what is trained, on what, and how often the text is read."""
+    step = BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN
+    passes = MAX_STEPS * step / train_tokens
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {model.device}, "
+        f"{how}; {train_tokens:,} tokens to train on, {valid_tokens:,} held out\n"
+        f"{MAX_STEPS:,} steps: {MAX_STEPS * step:,} tokens: {passes:.2g} passes over the text")
+    if passes < 1:
+        say(f"Most of the text is never read; one pass takes MAX_STEPS = {train_tokens // step:,}. "
+            f"With so much text a larger model pays, too (EMB_SIZE, NUM_LAYERS, VOCAB_SIZE).")
+    if ready["step"]:
+        began = f"; it began on {ready['device']}" * (ready["device"] != model.device.type)
+        say(f"resuming after step {ready['step']} of {MAX_STEPS}{began}")
+
+
+def log(row: dict) -> None:
+    """A line for each validation, where no terminal shows the bar."""
+    if not all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+        say(f"step {row['step']} of {MAX_STEPS}: training {row['train_loss']}, validation "
+            f"{row['valid_loss']} nats per token, {row['valid_bits_per_byte']} bits per byte, "
+            f"{int(row['tokens_per_second']):,} tokens/s")
+
+
+def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
+    """Say how to resume if the training was stopped, else show what came out of it."""
+    if not rows or int(rows[-1]["step"]) < MAX_STEPS:
+        how = "python train.py" if RANKS == 1 else "the same torchrun command"
+        say(f"\nstopped; everything is in {Path(OUT_DIR, 'checkpoint.pt')}. To resume: {how}")
+        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
+    report(rows)
+    for extra in (draw_losses, print_sample):
+        try:
+            extra(out, rows)
+        except Exception as error:  # no picture is worth a run
+            say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
+
+
+def report(rows: list[dict], loss: float = math.nan) -> None:
+    """Print the best result of the run, where everything lies, and the next command."""
     if not rows:
+        say(f"best validation loss  {loss:.4f} nats per token; there is no metrics.csv")
         return
     best = min(rows, key=lambda row: float(row["valid_loss"]))
-    losses = f"{best['valid_loss']} nats per token, {best['valid_bits_per_byte']} bits per byte"
-    speed = f"{int(rows[-1]['tokens_per_second']):,} tokens/s at the end"
-    print(f"""
-best validation loss  {losses}
+    bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
+    say(f"""
+best validation loss  {best["valid_loss"]} nats per token, {bits} bits per byte
                       at step {best["step"]} of {rows[-1]["step"]}, {int(best["tokens"]):,} tokens
-time                  {rows[-1]["seconds"]} s, {speed}
-best model            {out / "model.pt"}
-all figures           {out / "metrics.csv"}
+time                  {rows[-1]["seconds"]} s, {speed:,} tokens/s at the end
+best model            {Path(OUT_DIR, "model.pt")}
+all metrics           {Path(OUT_DIR, "metrics.csv")}
 next                  python sample.py
 """)
 
 
 def draw_losses(out: Path, rows: list[dict]) -> None:
     """Draw both losses over tokens as loss.png."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no loss.png: it needs matplotlib (pip install matplotlib)")
-        return
+    from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
     tokens = [int(row["tokens"]) for row in rows]
     valid = [float(row["valid_loss"]) for row in rows]
     best = valid.index(min(valid))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(tokens, [float(row["train_loss"]) for row in rows], label="training")
     axes.plot(tokens, valid, label="validation")
     axes.plot(tokens[best], valid[best], "o", color="C1", label=f"best: {valid[best]:.3f}")
@@ -399,20 +622,21 @@ def draw_losses(out: Path, rows: list[dict]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
-    plt.close(figure)
-    print(f"drawn: {out / 'loss.png'}")
+    say(f"drawn: {Path(OUT_DIR, 'loss.png')}")
 
 
-def print_sample(out: Path) -> None:
+def print_sample(out: Path, rows: list[dict]) -> None:
     model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
-    ids = model.generate(torch.tensor([[bpe.special_tokens[END]]]), 200, True, 0.8, 50,
+    ids = model.generate(torch.tensor([model.notes["start"]]), 200, True, 0.8, 50,
                          generator=torch.Generator().manual_seed(SEED))
-    print(f"a sample of {ids.shape[1] - 1} tokens:\n\n{bpe.decode(ids[0, 1:].tolist())}")
+    say(f"a sample of {ids.shape[1] - 1} tokens:\n\n{bpe.decode(ids[0, 1:].tolist())}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a "?"
     try:
         main()
+    except KeyboardInterrupt:  # before the training, or after it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
