@@ -51,7 +51,16 @@ import BPE as bpe_file
 import sample
 import train
 from Attention import HeadAttention, KVCache, MultiHeadAttention, attention, causal_mask
-from BPE import BPE, GPT2_PATTERN, GPT4_PATTERN, read_text
+from BPE import (
+    BPE,
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    draw_tokens,
+    merge,
+    read_text,
+    textbook_encode,
+    textbook_fit,
+)
 from Decoder import Decoder, first_layer_gradient
 from Embeddings import PositionalEmbeddings, TokenEmbeddings
 from FFN import FeedForward
@@ -2884,7 +2893,7 @@ def words_of(bpe, text):
     return [bpe.decode_bytes([i]).decode() for i in bpe.encode(text)]
 
 
-def textbook(text, num_merges, pattern=GPT2_PATTERN):
+def fit_by_hand(text, num_merges, pattern=GPT2_PATTERN):
     """BPE as in the books: count all pairs, take the best one, replace it everywhere."""
     words = [list(word.encode()) for word in explicit_classes(pattern)(text)]
     merges = []
@@ -2894,11 +2903,11 @@ def textbook(text, num_merges, pattern=GPT2_PATTERN):
         if best is None or counts[best] < 2:
             break
         merges.append(best)
-        words = [textbook_merge(word, best, new) for word in words]
+        words = [merge_by_hand(word, best, new) for word in words]
     return merges
 
 
-def textbook_merge(word, pair, new):
+def merge_by_hand(word, pair, new):
     out, i = [], 0
     while i < len(word):
         both = tuple(word[i : i + 2]) == pair
@@ -2907,12 +2916,12 @@ def textbook_merge(word, pair, new):
     return out
 
 
-def textbook_encode(text, merges, made=None):
+def encode_by_hand(text, merges, made=None):
     out, made = [], made or range(256, 256 + len(merges))
     for word in explicit_classes(GPT2_PATTERN)(text):
         word = list(word.encode())
         for pair, new in zip(merges, made, strict=True):
-            word = textbook_merge(word, pair, new)
+            word = merge_by_hand(word, pair, new)
         out += word
     return out
 
@@ -2943,6 +2952,8 @@ class TestBPE(Case):
     def setUp(self):
         super().setUp()
         self.rng = random.Random(1)
+        self.enterContext(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".* is written .* times")  # the texts here mean to
 
     def trained(self, size=600, pattern=GPT2_PATTERN, special=("<|endoftext|>",)):
         text = english(self.rng, 3000) + "".join(NASTY) * 3 + random_text(self.rng, 3000)
@@ -2986,13 +2997,29 @@ class TestBPE(Case):
                     random_text(rng, 500, "abcd 中😀"))[seed % 6]
             with self.subTest(seed=seed):
                 bpe = BPE(256 + 60).fit(text)
-                self.assertEqual(bpe.merges, textbook(text, 60))
+                self.assertEqual(bpe.merges, fit_by_hand(text, 60))
                 cold = self.cold(bpe)
                 for other in (
                     text, random_text(rng, 400) + text[::-1], random_text(rng, 900, "ab")):
-                    want = textbook_encode(other, bpe.merges)
+                    want = encode_by_hand(other, bpe.merges)
                     self.assertEqual(bpe.encode(other), want)
                     self.assertEqual(cold.encode(other), want)
+
+    def test_the_textbook_form_in_the_file(self):
+        """What a student reads first is right, too, and the engine does just that."""
+        self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
+        self.assertEqual(merge([], (97, 98), 256), [])
+        for seed in range(6):
+            rng = random.Random(seed)
+            text = random_text(rng, 600, ("ab ", "aab", "abcd 中😀")[seed % 3]) + english(rng, 60)
+            words = explicit_classes(GPT2_PATTERN)(text)
+            merges = textbook_fit(words, 40)
+            self.assertEqual(merges, fit_by_hand(text, 40))
+            ids = sum((textbook_encode(word, merges) for word in words), [])
+            self.assertEqual(ids, encode_by_hand(text, merges))
+            bpe = BPE(256 + 40).fit(text)
+            self.assertEqual((bpe.merges, self.cold(bpe).encode(text)), (merges, ids))
+        self.assertEqual((textbook_fit([], 5), textbook_fit(["ab", "cd"], 5)), ([], []))
 
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
@@ -3059,7 +3086,7 @@ class TestBPE(Case):
             self.assertGreater(checked, 10)
         for pattern in (GPT2_PATTERN, *UNCUTTABLE):
             text, bpe = "ab cd. x" * 35_000, BPE(280, pattern)
-            self.assertEqual(bpe.fit(text).merges, textbook(text[:8_000], 24, pattern))
+            self.assertEqual(bpe.fit(text).merges, fit_by_hand(text[:8_000], 24, pattern))
             Path("text.txt").write_text(text)
             bpe.encode_file("text.txt", "ids.npy")
             self.assertEqual(np.load("ids.npy").tolist(), bpe.encode(text))
@@ -3127,6 +3154,21 @@ class TestBPE(Case):
         many = BPE(70_000, special_tokens=map(str, range(65_281)))
         self.assertEqual(many.encode("a65280b", allow_special=True), [97, len(many) - 1, 98])
 
+    def test_special_tokens_written_in_the_text(self):
+        """They are plain text there; whoever meant them as borders is told."""
+        bpe = BPE(300, special_tokens=["<|a|>", "<|b|>"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bpe.fit(iter(["one <|a|> two", "<|a|><|a|>", "<|c|>"]))
+            bpe.encode("<|a|>")
+        self.assertEqual(len(caught), 1)
+        self.assertRegex(str(caught[0].message), r"'<\|a\|>'.* 3 times.*encode_file")
+        self.assertEqual(caught[0].filename, __file__)
+        self.assertLess(max(bpe.encode("<|a|>")), min(bpe.special_tokens.values()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bpe.fit("one two one two")
+
     def test_stream_of_bytes(self):
         import codecs
 
@@ -3158,6 +3200,9 @@ class TestBPE(Case):
                   for i in (-1, len(bpe), None, b"a", 1.5)]
         calls += [(lambda t=t: BPE(300).fit(t), "text") for t in ([1], ["a", 5], [None])]
         calls += [(lambda: bpe.encode(["a"]), "str")]
+        calls += [(lambda p=p: BPE(300, p), p[i:j]) for p, i, j in (
+            (r"a|\p{Han}+", 2, 9), ("aé", 1, 2), ("a(?i:[a-z])", 5, 10), ("[é]", 1, 2),
+            ("b[a&&b]", 1, 7), (r"[^\p{Xx}]", 2, 8))]
         for text in ("a\ud800b", "\udcff", "\udc80é"):
             calls += [(lambda t=text: bpe.encode(t), "surrogate"),
                       (lambda t=text: BPE(300).fit(t), "surrogate"),
@@ -3213,23 +3258,25 @@ class TestBPE(Case):
                                  (bpe.merges, bpe.special_tokens, len(bpe), bpe.pattern))
 
     def test_an_interrupt_leaves_no_wrong_ids_behind(self):
-        """Ctrl-C, or no memory, at one line of BPE.py after the other."""
+        """Ctrl-C, or no memory, at each line: when it first runs, in the middle, and at last."""
         import linecache
 
         cold = pickle.dumps(self.cold(self.trained()))
         text = english(self.rng, 12) + random_text(self.rng, 25)
-        want = pickle.loads(cold).encode("aa bb cc " + text)
+        want = pickle.loads(cold).encode(text)
 
         def encode_until(stop, error):
-            lines, bpe = itertools.count(1), pickle.loads(cold)
+            lines, bpe = [], pickle.loads(cold)
 
             def trace(frame, event, argument):
                 if frame.f_globals.get("__name__") != "BPE":
                     return None
                 line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
                 # At `with`, a tracer could raise where no signal can: just before __exit__.
-                if event == "line" and line[0] != "with" and next(lines) == stop:
-                    raise error
+                if event == "line" and line[0] != "with":
+                    lines.append(frame.f_lineno)
+                    if len(lines) == stop:
+                        raise error
                 return trace
 
             before = sys.gettrace()
@@ -3240,13 +3287,16 @@ class TestBPE(Case):
                 pass
             finally:
                 sys.settrace(before)
-            return bpe, next(lines)
+            return bpe, lines
 
-        total = encode_until(-1, KeyboardInterrupt)[1]
-        self.assertGreater(total, 10)
-        for stop in range(1, total, max(1, total // 300)):
+        visits = {}
+        for stop, line in enumerate(encode_until(-1, KeyboardInterrupt)[1], 1):
+            visits.setdefault(line, []).append(stop)
+        self.assertGreater(len(visits), 10)
+        for stop in sorted({v[i] for v in visits.values() for i in (0, len(v) // 2, -1)}):
             bpe, _ = encode_until(stop, (KeyboardInterrupt, MemoryError)[stop % 2])
-            self.assertEqual(bpe.encode("aa bb cc " + text), want, stop)
+            self.assertEqual(bpe.decode(bpe.encode("aa bb cc")), "aa bb cc")
+            self.assertEqual(bpe.encode(text), want)
 
     # --- the libraries
 
@@ -3360,7 +3410,7 @@ class TestBPE(Case):
         ours, pairs = BPE.load(self.written(bpe, change)), [merge[:2] for merge in merges]
         texts = [*NASTY, self.corpus(5000), english(self.rng, 300)]
         for text in texts:
-            want = textbook_encode(text, pairs, [merge[2] for merge in merges])
+            want = encode_by_hand(text, pairs, [merge[2] for merge in merges])
             self.assertEqual(ours.encode(text), want)
         theirs = library("tokenizers").Tokenizer.from_file("t.json")
         for text in texts:
@@ -3476,10 +3526,51 @@ class TestBPE(Case):
             with self.subTest(name), self.assertSays(ValueError, name):
                 BPE.load(self.written(bpe, update))
 
-    def test_ignore_merges_that_says_the_same_as_the_merges(self):
-        bpe, text = self.trained(270), english(self.rng, 100)
-        path = self.written(bpe, lambda data: data["model"].update(ignore_merges=True))
-        self.assertEqual(BPE.load(path).encode(text), bpe.encode(text))
+    def test_ignore_merges(self):
+        """A word that is a token is taken whole, whether merges make it or not."""
+        bpe, end = self.trained(400), "<|endoftext|>"
+
+        def change(data):
+            vocab = data["model"]["vocab"]
+            vocab |= {token: len(vocab) + i for i, token in enumerate(("never", "Ġmade", "Ð¶Ð¶"))}
+            data["model"]["ignore_merges"] = True
+
+        path = self.written(bpe, change)
+        text = f"never made never  made\nжж жжж {end}" + english(self.rng, 99)
+        changed, few = BPE.load(path), "never made\nжж"
+        ids = changed.encode(few)
+        self.assertEqual((len(ids), changed.decode(ids)), (4, few))
+        self.assertNotIn(bpe.special_tokens[end], changed.encode(f"a {end}"))
+        changed.save("again.json")
+        for same in (changed, BPE.load("again.json"), pickle.loads(pickle.dumps(changed))):
+            self.assertEqual(same.encode(text), changed.encode(text))
+            self.assertEqual(same.encode(few), ids)
+        self.workers()
+        big = (text + " ") * 300
+        changed.encode_file([big], "i.npy")
+        self.assertEqual(np.load("i.npy").tolist(), changed.encode(big))
+        tokenizers = library("tokenizers")
+        for name in (path, "again.json"):
+            theirs = tokenizers.Tokenizer.from_file(name)
+            self.assertEqual(changed.encode(text, allow_special=True), theirs.encode(text).ids)
+
+    def test_template_that_adds_nothing(self):
+        bpe, text = self.trained(270), english(self.rng, 50)
+        one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        template = {"type": "TemplateProcessing", "single": [one], "pair": [one, two],
+                    "special_tokens": {}}
+        level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                 "use_regex": True}
+        both = {"type": "Sequence", "processors": [level, template]}
+        for after in (template, level, both):
+            path = self.written(bpe, lambda data, after=after: data.update(post_processor=after))
+            self.assertEqual(BPE.load(path).encode(text), bpe.encode(text))
+        end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        for single in ([end, one], [one, end], [one, one], []):
+            after = {"type": "Sequence", "processors": [level, template | {"single": single}]}
+            path = self.written(bpe, lambda data, after=after: data.update(post_processor=after))
+            with self.assertSays(ValueError, "t.json", "post_processor"):
+                BPE.load(path)
 
     def test_write_is_atomic(self):
         bpe, full = self.trained(300), OSError(28, "disk full")
@@ -3679,6 +3770,20 @@ class TestBPE(Case):
         self.works("-c", first + self.WORK, env={"PYTHONPATH": ""})
 
     # --- looks
+
+    def test_draw_tokens(self):
+        """Without a display, and whatever backend a notebook has set."""
+        library("matplotlib")
+        code = ("from BPE import draw_tokens; draw_tokens(['a', '·b', r'\\xc3', '$x$'], 'x.png'); "
+                "draw_tokens([], 'y.png')")
+        printed = self.python("-c", code, env={"MPLBACKEND": "module://nothing", "DISPLAY": ""})
+        self.assertEqual(printed.split(), ["drawn:", "x.png", "drawn:", "y.png"])
+        self.assertEqual(Path("x.png").read_bytes()[:4], b"\x89PNG")
+        with (mock.patch.dict(sys.modules, {"matplotlib": None}),
+              contextlib.redirect_stdout(io.StringIO()) as out):
+            draw_tokens(["a"], "z.png")
+        self.assertIn("matplotlib", out.getvalue())
+        self.assertFalse(Path("z.png").exists())
 
     def test_demo(self):
         self.assertIn("·shells", self.python(str(HERE / "BPE.py")))
