@@ -26,7 +26,7 @@ Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no t
 import codecs
 import contextlib
 import functools
-import heapq
+import itertools
 import json
 import os
 import pickle
@@ -34,8 +34,10 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 from itertools import accumulate, chain, cycle, islice, pairwise
 
 import numpy as np
@@ -94,139 +96,111 @@ def textbook_encode(word: str, merges: list[Pair]) -> list[int]:
 BORDER, GONE = -1, -2                       # no ids: between two words; merged into its neighbour
 
 
-def first_of_equals(items: np.ndarray) -> np.ndarray:
-    """Where, in a sorted array, each new value begins."""
-    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
-
-
 class Words:
-    """All words in one array of ids. A place in it keeps its number: merging writes the new id at
-    the left place of a pair and takes the right place out of the chain of neighbours.
+    """All words in one list of ids, and for each place its living neighbours. A merge writes the
+    new id at the left place of a pair, and the right place is gone.
 
-    >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
-    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
-    array([0, 1, 4, 5])
-    >>> words.id.tolist(), int(words.next[1])
-    ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
+    >>> words = Words(["low", "lower"])
+    >>> next(words.merge(key=lambda pair, places: -len(places), new_id=lambda pair: 256))
+    (108, 111)
+    >>> words.ids                                        # of lo, the first of two pairs with two
+    [-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1]
     """
 
-    def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
+    def __init__(self, words: Iterable[str], byte_ids: Sequence[int] = range(256)):
         text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
         raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        self.id = np.array([*byte_ids][:255] + [BORDER])[raw]                      # (N,)
-        self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
+        self.ids = np.array([*byte_ids[:255], BORDER])[raw].tolist()
+        self.next = array("i", range(1, len(raw) + 1))   # an array: half of a list's time here
+        self.previous = array("i", range(-1, len(raw) - 1))
 
-    def pairs(self, places: np.ndarray) -> np.ndarray:
-        """The pairs that begin at these places, as left << 32 | right; negative at a border."""
-        return self.id.take(places) << 32 | self.id.take(self.next.take(places))
+    def pairs(self) -> Iterator[tuple[Pair, list[int]]]:
+        """Each pair of neighbours, and the places where it begins."""
+        ids = np.array(self.ids)
+        places = np.flatnonzero((ids[:-1] != BORDER) & (ids[1:] != BORDER))
+        pair = ids[places] << 32 | ids[places + 1]
+        order = np.argsort(pair, kind="stable")
+        places, pair = places[order].tolist(), pair[order]
+        starts = [0, *(np.flatnonzero(pair[1:] != pair[:-1]) + 1).tolist(), len(places)]
+        for start, end in pairwise(starts if places else []):
+            yield divmod(int(pair[start]), 1 << 32), places[start:end]
 
-    def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
-        """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
-        where another pair begins now: these places and those before them."""
-        gone = self.next[places]
-        after = self.next[gone]
-        self.id[places], self.id[gone] = new, GONE
-        self.next[places], self.previous[after] = after, places
-        changed = np.concatenate((self.previous.take(places), places))
-        changed.sort()
-        return changed[first_of_equals(changed)]
+    def merge(self, key: Callable[[Pair, list[int]], int | None],
+              new_id: Callable[[Pair], int]) -> Iterator[Pair]:
+        """Merges everywhere the pair with the smallest key (ties: the smaller ids) to its new id,
+        again and again, and yields it. key(pair, places): None for a pair that stays apart.
+
+        A pair's places are noted once, when the later of its two ids is made. Some die, merged with
+        another neighbour: a pair that has lost places gets its key anew before its turn comes.
+        """
+        ids, after_of, before_of = self.ids, self.next, self.previous
+        noted: dict[Pair, list[int]] = {}
+        heap: list[tuple[int, Pair]] = []
+
+        def note(pair: Pair, places: list[int]) -> None:
+            if pair in noted:                            # its id was made by another merge before
+                places = sorted(noted[pair] + places)
+            if (k := key(pair, places)) is not None:
+                noted[pair] = places
+                heappush(heap, (k, pair))
+
+        for pair, places in self.pairs():
+            note(pair, places)
+        while heap:
+            _, pair = heappop(heap)
+            left, right = pair
+            places = noted.pop(pair, [])
+            alive = [p for p in places if ids[p] == left and ids[after_of[p]] == right]
+            if len(alive) < len(places):
+                note(pair, alive)
+                continue
+            new, left_of, right_of = new_id(pair), defaultdict(list), defaultdict(list)
+            for p in alive:
+                if ids[p] == left:                       # in aaa the first pair takes the second's
+                    gone = after_of[p]
+                    before, after = before_of[p], after_of[gone]
+                    ids[p], ids[gone] = new, GONE
+                    after_of[p], before_of[after] = after, p
+                    left_of[ids[before]].append(before)
+                    right_of[ids[after]].append(p)
+            for neighbour in left_of.keys() - {BORDER}:
+                note((neighbour, new), left_of[neighbour])
+            for neighbour in right_of.keys() - {BORDER}:
+                note((new, neighbour), right_of[neighbour])
+            yield pair
 
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
-        ids = self.id[self.id != GONE]
+        ids = np.array([i for i in self.ids if i != GONE])
         ends = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
         raw = ids.astype(dtype).tobytes()
         return [raw[i + dtype.itemsize:j] for i, j in pairwise(ends)]
 
 
-def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each item continues a run -> where its run starts, and whether it is the run's first,
-    third ...: of the pairs in aaaaa, those to merge."""
-    i = np.arange(len(continues))
-    start = np.maximum.accumulate(np.where(continues, 0, i))
-    return start, (i - start) % 2 == 0
+def learn(counts: dict[str, int], num_merges: int) -> tuple[list[Pair], Words]:
+    """Words and how often each occurs -> the merges, and the words after them: each time the most
+    frequent pair, ties to the smaller ids, until none occurs twice.
+
+    >>> learn({"low": 1, "lower": 1, "lowest": 1}, 3)[0]     # lo, low, lowe
+    [(108, 111), (256, 119), (257, 101)]
+    """
+    words = Words(counts)
+    weight = np.append([*counts.values()], 0)[np.cumsum(np.array(words.ids) == BORDER) - 1].tolist()
+
+    def key(pair: Pair, places: list[int]) -> int | None:
+        count = sum(map(weight.__getitem__, places))
+        return -count if count > 1 else None
+
+    ids = itertools.count(256)
+    merging = words.merge(key, lambda pair: next(ids))
+    return list(islice(_progress(merging, "merging", num_merges), num_merges)), words
 
 
-def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair]:
-    """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
-    often each word occurs.
-
-    A pair's places are noted once, when the later of its two ids is made. So its count can only
-    fall: when it leaves the heap, it is counted again and, if it has lost places, put back."""
-    weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
-    heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
-
-    def note(places: np.ndarray) -> None:
-        pair = words.pairs(places)
-        by_pair = pair.argsort(kind="stable")
-        pair, places = pair.take(by_pair), places.take(by_pair)
-        start = first_of_equals(pair)
-        count = np.add.reduceat(weight.take(places), start).tolist()
-        pair, start = pair.take(start).tolist(), [*start.tolist(), None]
-        for n, p, (i, j) in zip(count, pair, pairwise(start), strict=True):
-            if n > 1 and p >= 0:
-                heapq.heappush(heap, (-n, p, places[i:j]))
-
-    if len(words.id) > 1:
-        note(np.arange(len(words.id) - 1))
-    for new in range(256, 256 + num_merges):
-        while heap:
-            _, pair, places = heapq.heappop(heap)
-            still = places[words.pairs(places) == pair]
-            if len(still) == len(places):
-                break
-            if (count := int(weight.take(still).sum())) > 1:
-                heapq.heappush(heap, (-count, pair, still))
-        else:
-            return
-        left, right = pair >> 32, pair & 0xFFFFFFFF
-        yield left, right
-        if left == right:
-            places = places[run_starts(np.append(False, words.next[places[:-1]] == places[1:]))[1]]
-        note(words.join(places, new))
-
-
-class Merges:
-    """The learned merges, to be made in their order in many words at once.
-
-    Many ranks can be made together: a *band* is a run of merges none of which uses what another one
-    of them makes. So all pairs of the lowest band are there when its turn comes; where two of them
-    overlap, the lower rank goes first."""
-
-    def __init__(self, merges: list[Pair], made: Iterable[int]):
-        pair = np.array([left << 32 | right for left, right in merges], np.int64)
-        self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
-        self.rank = np.append(np.argsort(pair), self.none)
-        self.pair = np.append(pair[self.rank[:-1]], np.iinfo(np.int64).max)        # sorted
-        first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        band, end = [0], self.none                       # end: the first rank behind the band
-        for rank, i in enumerate(made):
-            if first_use.get(i, self.none) <= rank:
-                raise ValueError(f"merge {first_use[i]} uses the token {i}, "
-                                 f"which only merge {rank} makes")
-            band.append(band[-1] + (rank == end))
-            end = min(self.none if rank == end else end, first_use.get(i, self.none))
-        self.band = np.array([*band[1:], band[-1] + 1], np.uint32)
-
-    def look_up(self, pair: np.ndarray) -> np.ndarray:
-        """Pairs -> the ranks of their merges, or none."""
-        i = np.searchsorted(self.pair, pair)
-        return np.where(self.pair[i] == pair, self.rank[i], self.none)
-
-    def apply(self, words: Words) -> None:
-        """Makes all merges, with the result of making them one by one."""
-        rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))), self.none)
-        band = self.band[rank]                           # (N,), of the pair that begins here
-        while (lowest := band.min()) < self.band[-1]:
-            at = np.flatnonzero(band == lowest)
-            here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
-            start, odd = run_starts(before == here)
-            at = at[odd & (before > here)[start] & (after >= here)]
-            gone = words.next[at]
-            changed = words.join(at, self.made[rank[at]])
-            rank[gone], band[gone] = self.none, self.band[-1]
-            rank[changed] = self.look_up(words.pairs(changed))
-            band[changed] = self.band[rank[changed]]
+def apply(merges: dict[Pair, tuple[int, int]], words: Words) -> None:
+    """Makes all merges, {pair: (rank, new id)}, in the order of their ranks."""
+    for _ in words.merge(lambda pair, _: merges[pair][0] if pair in merges else None,
+                         lambda pair: merges[pair][1]):
+        pass
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -240,7 +214,7 @@ O200K_PATTERN = "".join(fr"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo
                         fr"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
                         for a, b in ("*+", "+*")) + (
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-# Of these is known that they match everywhere and that no word of theirs crosses a CUT.
+# Known of these: they match everywhere, and none of their words crosses a CUT.
 KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
          QWEN2_PATTERN := LLAMA3_PATTERN.replace("{1,3}", "")}
 
@@ -359,7 +333,7 @@ class Splitter:
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
 CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
-CACHE_BYTES = 1 << 26  # ... and bytes in them, before the memory starts again
+CACHE_BYTES = 1 << 25  # ... and bytes in them, before the memory starts again
 
 
 class BPE:
@@ -397,7 +371,8 @@ class BPE:
         token |= {i: name.encode() for name, i in special.items()}
         vars(self).update(
             merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges=Merges(merges, made), _whole=whole or {}, _known={}, _room=CACHE_BYTES,
+            _merges={pair: ranked for pair, *ranked in zip(merges, itertools.count(), made)},
+            _whole=whole or {}, _known={}, _room=CACHE_BYTES,
             _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32),
             _state=(merges, made, special, byte_ids, others, whole))
 
@@ -413,25 +388,19 @@ class BPE:
         twice. An item that is no str, or has lone surrogates, is a ValueError; a special token's
         name in a text is plain text, and a warning.
         """
-        written: Counter[str] = Counter()
-
-        def watch(item: str) -> str:
-            for name in self.special_tokens if isinstance(item, str) else ():
-                written[name] += item.count(name)
-            return item
-
-        batches = self._batches(map(watch, [text] if isinstance(text, str) else text), ids=False)
-        counts: Counter[str] = Counter()
+        counts, written = Counter(), Counter()           # words; names of special tokens
+        batches = self._batches([text] if isinstance(text, str) else text, written)
         for part in spread(self._count, batches, "counting words"):
             counts.update(part)
         for name, times in (+written).items():
             warnings.warn(f"{name!r} is written {times} times in the text, where it is plain text, "
                           "not the special token: if it divides documents, cut the text there and "
                           "give encode_file its id between them", stacklevel=2)
-        words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
-        merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
+        counts = dict(sorted(counts.items()))            # alike words side by side: a fifth faster
+        merges, words = learn(counts, self.vocab_size - 256 - len(self.special_tokens))
         self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
-        self._remember(self._known, counts, words)
+        if len(counts) <= CACHE_WORDS:                   # they are encoded now
+            self._remember(self._known, counts, words)
         return self
 
     def _count(self, pieces: list[str]) -> Counter[str]:
@@ -466,16 +435,16 @@ class BPE:
             ready = {word: self._whole.get(word, word) for word in new
                      if isinstance(word, int) or word in self._whole}
             known |= {word: np.array(i, self._dtype).tobytes() for word, i in ready.items()}
-            listed = [word for word in new if word not in ready]
+            listed = sorted(new - ready.keys())
             merging = Words(listed, self._byte_ids)
-            self._merges.apply(merging)
+            apply(self._merges, merging)
             self._remember(known, listed, merging)
         return b"".join(map(known.__getitem__, words))
 
     def _remember(self, known: dict, listed: Iterable[str], words: Words) -> None:
         """Words and their ids go into the memory in one step, so no interrupt parts them."""
         known |= zip(listed, words.results(self._dtype), strict=True)
-        self._room -= 3 * len(words.id)
+        self._room -= len(words.ids)
         if len(known) > CACHE_WORDS or self._room < 0:
             self._known, self._room = {}, CACHE_BYTES
 
@@ -501,13 +470,17 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, items: Iterable[str | int], ids: bool = True) -> Iterator[list]:
-        """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
+    def _batches(self, items: Iterable[str | int], written: Counter | None = None
+                 ) -> Iterator[list]:
+        """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters. For
+        fit: texts alone; in `written` it counts the special tokens that are written in them."""
         batch, size = [], 0
         for item in items:
-            if not isinstance(item, str) and not (ids and item in self._token):
-                no_id = f" and no id (0 to {len(self) - 1})" if ids else ""
-                raise ValueError(f"{item!r} is no text{no_id}")
+            if isinstance(item, str) and written is not None:
+                written.update({name: item.count(name) for name in self.special_tokens})
+            elif not isinstance(item, str) and (written is not None or item not in self._token):
+                raise ValueError(f"{item!r} is no text and no id (0 to {len(self) - 1})"
+                                 if written is None else f"{item!r} is no text")
             begin, length = 0, len(item) if isinstance(item, str) else 1
             while begin < length:
                 cut = (length > begin + PIECE and self._split.known
@@ -524,13 +497,12 @@ class BPE:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
         is a ValueError."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
             return b"".join(map(self._token.__getitem__, ids))
-        except (KeyError, TypeError):
-            wrong = next(i for i in ids if isinstance(i, list) or i not in self._token)
-            raise ValueError(f"{wrong!r} is no id of this tokenizer (0 to {len(self) - 1}): "
-                             "does it belong to the model?") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{error.args[0]!r} is no id of this tokenizer (0 to {len(self) - 1})"
+                             ": does it belong to the model?") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD. An unknown id is a ValueError."""
@@ -630,6 +602,11 @@ class BPE:
             made.append(vocab["".join(parts)])
         if len(set(merges)) < len(merges):
             raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
+        first_use = {i: rank for rank in reversed(range(len(merges))) for i in merges[rank]}
+        for rank, i in enumerate(made):
+            if first_use.get(i, len(made)) <= rank:
+                raise ValueError(f"merge {first_use[i]} uses the token {i}, which only merge "
+                                 f"{rank} makes")
         others, whole = {}, {}
         for token, i in vocab.items():
             byte_level = byte_of.keys() >= set(token)
@@ -646,6 +623,7 @@ class BPE:
 # What BPE.load doesn't do: where one of these is set, it refuses.
 NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
+ISOLATED = "Isolated", False                # behavior and invert of a Split: all text stays
 
 
 def _read_settings(data: dict) -> str:
@@ -662,24 +640,24 @@ def _read_settings(data: dict) -> str:
     kinds, split, level = [step["type"] for step in steps], steps[0], steps[-1]
     pattern = split.get("pattern", {}).get("Regex", "") if len(steps) > 1 else GPT2_PATTERN
     odd = re.search(r"\{[\d,]+\}\+|\$|\\Z", pattern)
-    way = split.get("behavior", "Isolated"), bool(split.get("invert"))
-    refused = [(value, f"{name} {repr(value)[:60]} of {part.get('content', 'the file')!r}")
+    way = (split.get("behavior"), bool(split.get("invert"))) if len(steps) > 1 else ISOLATED
+    refused = [(value, f"{name} {repr(value)[:60]}", "null or false, if you can do without it")
                for part in (data, data["model"], *(data.get("added_tokens") or []))
                for name, value in part.items() if name in NOT_DONE]
     refused += [
-        (not adds_nothing(after), f"post_processor {after['type']} (only one that adds nothing)"),
-        (decoder["type"] != "ByteLevel", f"decoder {decoder['type']} (only ByteLevel)"),
-        (kinds not in (["ByteLevel"], ["Split", "ByteLevel"]),
-         f"pre_tokenizer {kinds} (only ByteLevel, also after a Split)"),
-        (level.get("add_prefix_space", True), "add_prefix_space (begin the text with a space)"),
-        (level.get("use_regex", True) == (len(steps) > 1), "use_regex (true without a Split only)"),
-        (not pattern, "Split by a string (only by a Regex)"),
-        (odd, f"Split with {odd and odd[0]}, which libraries read in different ways"),
-        (way != ("Isolated", False) and not (way == ("Removed", True) and pattern in KNOWN),
-         "Split with behavior={}, invert={}".format(*way))]
-    for found, what in refused:
+        (not adds_nothing(after), f"post_processor {after['type']}", "one that adds no token"),
+        (decoder["type"] != "ByteLevel", f"decoder {decoder['type']}", "ByteLevel"),
+        (kinds not in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer {kinds}",
+         "ByteLevel, alone or after a Split"),
+        (level.get("add_prefix_space", True), "add_prefix_space", "false; begin with a space"),
+        (level.get("use_regex", True) == (len(steps) > 1), "use_regex", "true without a Split"),
+        (not pattern, "Split by a string", "a Split by a Regex"),
+        (odd, f"{odd and odd[0]} in a Split", "what all libraries read in the same way"),
+        (way != ISOLATED and not (way == ("Removed", True) and pattern in KNOWN),
+         "Split with behavior={}, invert={}".format(*way), "Isolated, false")]
+    for found, what, can in refused:
         if found:
-            raise ValueError(f"it can't be read exactly because of its {what}")
+            raise ValueError(f"its {what} can't be done exactly; what can: {can}")
     return pattern
 
 
@@ -728,16 +706,19 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
         stop, start = to_character(stop), to_character(start)
         file.seek(start)
         decoder, held = codecs.getincrementaldecoder("utf-8")(), ""      # held: since the last cut
-        while raw := file.read(min(READ_BYTES, stop - start)):
+        while True:
+            raw = file.read(min(READ_BYTES, stop - start))
             undecoded, old = len(decoder.getstate()[0]), len(held)
             try:
-                held += decoder.decode(raw, final=start + len(raw) == stop)
+                held += decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
                     f"({error.reason}): find out its encoding and convert it "
                     "(iconv -f ENCODING -t UTF-8)") from None
             start += len(raw)
+            if not raw:
+                break
             last: deque = deque()
             for begin in (len(held) - 10_000, 0):          # the last cut, most often near the end
                 last = last or deque(CUT.finditer(held, max(begin, old)), maxlen=1)
@@ -800,9 +781,14 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
 
     try:
         if many and cores and cores > 1 and not getattr(sys, "frozen", False):
+            import subprocess
             with contextlib.suppress(OSError, TypeError, NameError):     # no Python or file to run
                 while len(workers) < min(cores, MAX_WORKERS):
-                    workers.append(_start_worker())
+                    workers.append(subprocess.Popen(     # -P: no file here hides a module
+                        [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # 50 ms less to start
+                        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)))
         yield from map(work, first[:1])                  # while they start
         if workers:
             bpe = work.__self__
@@ -821,16 +807,6 @@ def spread(work: Callable[[list], object], batches: Iterator[list], title: str) 
         for worker in workers:
             worker.kill()
             worker.communicate()
-
-
-def _start_worker():
-    """This file as a process of its own. -P: no file beside it stands in for a standard module."""
-    import subprocess
-    return subprocess.Popen(
-        [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it never multiplies: 50 ms less to start
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
 
 
 def _work() -> None:

@@ -53,20 +53,18 @@ class GetData(Dataset):
         """What a worker process of a DataLoader gets: of a memory-mapped file where the data lie in
         it, not the data. The worker opens it again."""
         data = root = self.data
-        while not (isinstance(root, np.memmap) and not isinstance(root.base, np.ndarray)):
-            if not isinstance(root.base, np.ndarray):
-                return vars(self)  # ordinary memory
+        while isinstance(root.base, np.ndarray):  # a slice's base is what it was cut from
             root = root.base
-        if root.filename is None or root.mode == "c" or not data.flags.c_contiguous:
-            return vars(self)
+        if (not isinstance(root, np.memmap) or root.filename is None or root.mode == "c"
+                or not data.flags.c_contiguous):
+            return vars(self)  # not, or not as it is, in a file
         place = root.offset + data.ctypes.data - root.ctypes.data  # in the file, slices too
-        return vars(self) | {"data": (root.filename, data.dtype, place, len(data))}
+        return vars(self) | {"data": (root.filename, data.dtype, "r", place, len(data))}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if isinstance(self.data, tuple):
-            path, dtype, offset, length = self.data
-            self.data = np.memmap(path, dtype, "r", offset, (length,))
+            self.data = np.memmap(*self.data)
 
     def __len__(self) -> int:
         return (len(self.data) - self.seq_len - 1) // self.stride + 1

@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -42,12 +43,14 @@ from GPT import GPT, pick_dtype
 
 # ------------------------------------------------------------------------------------------------
 TEXT_FILE = None       # for the speedrun: tinyshakespeare.txt; None: it is left out
+RUSSIAN_FILE = None    # some megabytes of Russian (UTF-8), for the tokenizer; None: it is left out
 NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT; None: it is left out
 PARTS = ["tokenizer", "training", "generation", "memory", "speedrun"]  # remove what you don't want
 ROUNDS = 5             # measured rounds; the median counts
 OUT_FILE = "assets/bench.json"
 
 TOKENIZER_SHAPES = [(1, 1024), (100, 8192), (100, 32768)]  # megabytes at most, V
+RUSSIAN_V = 16384
 # V, T, B, E, H, layers; D = E / H
 TRAINING_SHAPES = [(1024, 64, 32, 128, 4, 4), (65, 64, 12, 128, 4, 4), (4096, 256, 8, 384, 6, 6)]
 # V, T, E, H, layers, tokens to generate at batch 1
@@ -190,32 +193,48 @@ def in_child(code: str) -> list[str]:
 
 
 def tokenizer() -> None:
-    """Train and encode, beside the Rust libraries, on the source of Python's standard library."""
-    text = standard_library()
+    """Train and encode, beside the Rust libraries, on the source of Python's standard library and
+    on Russian. lines: how long the code is that does it, where it is Python that can be read."""
+    python = standard_library()
+    rows = [row for size, V in TOKENIZER_SHAPES
+            for row in fit_beside("Python", python[: round(size * 1e6)], V)]
+    rows += encode_beside("Python", python, TOKENIZER_SHAPES[-1][1])
+    if RUSSIAN_FILE:
+        rows += fit_beside("Russian", russian(), RUSSIAN_V)
+        rows += encode_beside("Russian", russian(), RUSSIAN_V)
+    lines = len(Path(sys.modules["BPE"].__file__).read_text(encoding="utf-8").splitlines())
+    for row in rows:
+        row["lines"] = lines if row["run"].startswith("ours") else ""
+    RESULTS["tokenizer"] = show("Tokenizer; x: times as fast as", rows)
+
+
+def fit_beside(name: str, text: str, V: int) -> list[dict]:
+    """Rows: training on the text."""
+    rustbpe, tokenizers = map(peer, ("rustbpe", "tokenizers"))
+    runs = {"ours": lambda: BPE(V).fit(text)}
+    if rustbpe:
+        runs["rustbpe"] = lambda: rustbpe.Tokenizer().train_from_iterator([text], V,
+                                                                          pattern=GPT2_PATTERN)
+    if tokenizers:
+        runs["tokenizers (lines)"] = partial(fit_tokenizers, tokenizers, text, V)
+    megabytes = len(text.encode()) / 1e6
+    labels = {"task": "fit", "text": name, "megabytes": megabytes, "V": V}
+    return compared(labels, in_turn(runs), "mb_per_second", megabytes)
+
+
+def encode_beside(name: str, text: str, V: int) -> list[dict]:
+    """Rows: encoding the text with a tokenizer trained on it."""
     rustbpe, tokenizers, tiktoken = map(peer, ("rustbpe", "tokenizers", "tiktoken"))
-    rows = []
-    for size, V in TOKENIZER_SHAPES:
-        part = text[: round(size * 1e6)]
-        megabytes = len(part.encode()) / 1e6
-        fits = {"ours": partial(fit_ours, part, V)}
-        if rustbpe:
-            fits["rustbpe"] = partial(rustbpe.Tokenizer().train_from_iterator, [part], V,
-                                      pattern=GPT2_PATTERN)
-        if tokenizers:
-            fits["tokenizers (lines)"] = partial(fit_tokenizers, tokenizers, part, V)
-        labels = {"task": "fit", "megabytes": megabytes, "V": V}
-        rows += compared(labels, in_turn(fits), "mb_per_second", megabytes)
-    V, megabytes = TOKENIZER_SHAPES[-1][1], len(text.encode()) / 1e6
-    bpe = BPE(V).fit(text)
+    bpe, megabytes = BPE(V).fit(text), len(text.encode()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
         bpe.save(file)
         source.write_bytes(text.encode())
         # They have met no word yet; in_turn calls each of the two runs 1 + ROUNDS times.
-        anew = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
-        runs = {"ours, loaded anew": lambda: anew.pop().encode(text),
-                "ours encode_file, loaded anew":
-                    lambda: anew.pop().encode_file(source, f"{folder}/ids.npy"),
+        cold = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
+        runs = {"ours, freshly loaded": lambda: cold.pop().encode(text),
+                "ours encode_file, freshly loaded":
+                    lambda: cold.pop().encode_file(source, f"{folder}/ids.npy"),
                 "ours, after fit": lambda: bpe.encode(text)}
         if tiktoken:
             ranks = {bpe.decode_bytes([i]): i for i in range(len(bpe))}
@@ -233,9 +252,21 @@ def tokenizer() -> None:
         if tokenizers:
             fast = tokenizers.Tokenizer.from_file(str(file))
             runs["tokenizers (lines)"] = lambda: fast.encode_batch(text.splitlines(keepends=True))
-        rows += compared({"task": "encode", "megabytes": megabytes, "V": V}, in_turn(runs),
-                         "mb_per_second", megabytes)
-    RESULTS["tokenizer"] = show("Tokenizer; x: times as fast as", rows)
+        labels = {"task": "encode", "text": name, "megabytes": megabytes, "V": V}
+        return compared(labels, in_turn(runs), "mb_per_second", megabytes)
+
+
+def russian() -> str:
+    """RUSSIAN_FILE, and five copies of it with the letters of the alphabet exchanged: new words as
+    long and as frequent as the old ones, as a larger text would bring them."""
+    text = Path(RUSSIAN_FILE).read_bytes().decode()
+    letters = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
+    copies = [text]
+    for seed in range(5):
+        other = "".join(random.Random(seed).sample(letters, len(letters)))
+        copies.append(text.translate(str.maketrans(letters + letters.upper(),
+                                                   other + other.upper())))
+    return "".join(copies)
 
 
 def standard_library() -> str:
@@ -246,10 +277,6 @@ def standard_library() -> str:
             with contextlib.suppress(UnicodeDecodeError):
                 texts.append(path.read_bytes().decode())
     return "".join(texts)
-
-
-def fit_ours(text: str, V: int) -> None:
-    BPE(V).fit(text)
 
 
 def fit_tokenizers(tokenizers, text: str, V: int) -> None:

@@ -108,26 +108,24 @@ def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
     labels, layers = [bpe.show([i]) for i in ids], []  # of layers: weights (H, T, T)
 
     def attention() -> None:
-        hooks = [decoder.attention.register_forward_pre_hook(lambda module, inputs: layers.append(
-            module.weights(inputs[0])[0].cpu())) for decoder in model.decoders]
+        for decoder in model.decoders:
+            decoder.attention.register_forward_pre_hook(lambda module, inputs: layers.append(
+                module.weights(inputs[0])[0].cpu()))
         with torch.no_grad():
             model.hidden(torch.tensor([ids], device=model.device))
-        for hook in hooks:
-            hook.remove()
         sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
         draw_attention(layers[sharpest], labels, str(out / "attention.png"),
                        f"Layer {sharpest + 1} of {len(layers)}, the sharpest of them")
 
-    for what, function in (
-            ("tokens", lambda: draw_tokens(labels, str(out / "tokens.png"))),
-            ("attention", attention),
-            ("positions", lambda: draw_similarity(
-                model.positional_embeddings.embedding.weight.detach().cpu(),
-                str(out / "positions.png")))):
+    def positions() -> None:
+        vectors = model.positional_embeddings.embedding.weight.detach().cpu()  # (T, E)
+        draw_similarity(vectors, str(out / "positions.png"))
+
+    for picture in (lambda: draw_tokens(labels, str(out / "tokens.png")), attention, positions):
         try:
-            function()
+            picture()
         except Exception as error:  # no display, no matplotlib, no such part in an edited model
-            print(f"no picture of the {what}: {type(error).__name__}: {error}")
+            print(f"no picture: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
