@@ -559,10 +559,12 @@ class TestGPTGenerate(Case):
         model = tiny_gpt().eval()
         x = torch.tensor([[3], [7], [11]])
         free = model.generate(x, 12, False)
-        stop = free[0, 4].item()  # what row 0 says in its fourth step
-        ended = model.generate(x, 12, False, stop_token=stop)
-        ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free.tolist()]
+        for stop in free[0, 1:].tolist():  # a token that the rows come to at different steps
+            ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free.tolist()]
+            if min(ends) < max(ends):
+                break
         self.assertNotEqual(min(ends), max(ends))
+        ended = model.generate(x, 12, False, stop_token=stop)
         self.assertEqual(ended.shape[1], max(ends) + 1)  # when nobody is left it ends
         for row, expected, end in zip(ended.tolist(), free.tolist(), ends, strict=True):
             self.assertEqual(row, expected[: end + 1] + [stop] * (max(ends) - end))
@@ -605,19 +607,19 @@ class TestGPTGenerate(Case):
         model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
         before = model.generate(x, 8, False)
 
-        def gelu(self, x):  # what it assigns stays
+        def square(self, x):  # what it assigns stays
             self.count = getattr(self, "count", 0) + 1
-            return self.contract(F.gelu(self.expand(x)))
+            return self.contract(self.expand(x).square())
 
         for cls, forward in (
-            (FeedForward, gelu),  # whoever edits a file
+            (FeedForward, square),  # whoever edits a file
             (nn.Linear, lambda self, x: x @ self.weight.T + 1),
             (nn.Dropout, lambda self, x: x * 2),
             (nn.LayerNorm, lambda self, x: x / 2),
         ):
             with mock.patch.object(cls, "forward", forward):
                 edited = model.generate(x, 8, False)
-                if forward is gelu:
+                if forward is square:
                     self.assertEqual([block.ffn.count for block in model.decoders], [8, 8])
                 self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
             self.assertFalse(torch.equal(edited, before))
