@@ -26,7 +26,7 @@ Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no t
 import codecs
 import contextlib
 import functools
-import itertools
+import heapq
 import json
 import os
 import pickle
@@ -34,10 +34,8 @@ import re
 import sys
 import unicodedata
 import warnings
-from array import array
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from heapq import heappop, heappush
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, cycle, islice, pairwise
 
 import numpy as np
@@ -96,111 +94,142 @@ def textbook_encode(word: str, merges: list[Pair]) -> list[int]:
 BORDER, GONE = -1, -2                       # no ids: between two words; merged into its neighbour
 
 
-class Words:
-    """All words in one list of ids, and for each place its living neighbours. A merge writes the
-    new id at the left place of a pair, and the right place is gone.
+def first_of_equals(items: np.ndarray) -> np.ndarray:
+    """Where, in a sorted array, each new value begins."""
+    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
 
-    >>> words = Words(["low", "lower"])
-    >>> next(words.merge(key=lambda pair, places: -len(places), new_id=lambda pair: 256))
-    (108, 111)
-    >>> words.ids                                        # of lo, the first of two pairs with two
-    [-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1]
+
+class Words:
+    """All words in one array of ids. A place in it keeps its number: merging writes the new id at
+    the left place of a pair and takes the right place out of the chain of neighbours.
+
+    >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
+    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
+    array([0, 1, 4, 5])
+    >>> words.id.tolist(), int(words.next[1])
+    ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
     """
 
-    def __init__(self, words: Iterable[str], byte_ids: Sequence[int] = range(256)):
+    def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
         text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
         raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        self.ids = np.array([*byte_ids[:255], BORDER])[raw].tolist()
-        self.next = array("i", range(1, len(raw) + 1))   # an array: half of a list's time here
-        self.previous = array("i", range(-1, len(raw) - 1))
+        self.id = np.array([*byte_ids][:255] + [BORDER])[raw]                      # (N,)
+        self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
 
-    def pairs(self) -> Iterator[tuple[Pair, list[int]]]:
-        """Each pair of neighbours, and the places where it begins."""
-        ids = np.array(self.ids)
-        places = np.flatnonzero((ids[:-1] != BORDER) & (ids[1:] != BORDER))
-        pair = ids[places] << 32 | ids[places + 1]
-        order = np.argsort(pair, kind="stable")
-        places, pair = places[order].tolist(), pair[order]
-        starts = [0, *(np.flatnonzero(pair[1:] != pair[:-1]) + 1).tolist(), len(places)]
-        for start, end in pairwise(starts if places else []):
-            yield divmod(int(pair[start]), 1 << 32), places[start:end]
+    def pairs(self, places: np.ndarray) -> np.ndarray:
+        """The pairs that begin at these places, as left << 32 | right; negative at a border."""
+        return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
-    def merge(self, key: Callable[[Pair, list[int]], int | None],
-              new_id: Callable[[Pair], int]) -> Iterator[Pair]:
-        """Merges everywhere the pair with the smallest key (ties: the smaller ids) to its new id,
-        again and again, and yields it. key(pair, places): None for a pair that stays apart.
-
-        A pair's places are noted once, when the later of its two ids is made. Some die, merged with
-        another neighbour: a pair that has lost places gets its key anew before its turn comes.
-        """
-        ids, after_of, before_of = self.ids, self.next, self.previous
-        noted: dict[Pair, list[int]] = {}
-        heap: list[tuple[int, Pair]] = []
-
-        def note(pair: Pair, places: list[int]) -> None:
-            if pair in noted:                            # its id was made by another merge before
-                places = sorted(noted[pair] + places)
-            if (k := key(pair, places)) is not None:
-                noted[pair] = places
-                heappush(heap, (k, pair))
-
-        for pair, places in self.pairs():
-            note(pair, places)
-        while heap:
-            _, pair = heappop(heap)
-            left, right = pair
-            places = noted.pop(pair, [])
-            alive = [p for p in places if ids[p] == left and ids[after_of[p]] == right]
-            if len(alive) < len(places):
-                note(pair, alive)
-                continue
-            new, left_of, right_of = new_id(pair), defaultdict(list), defaultdict(list)
-            for p in alive:
-                if ids[p] == left:                       # in aaa the first pair takes the second's
-                    gone = after_of[p]
-                    before, after = before_of[p], after_of[gone]
-                    ids[p], ids[gone] = new, GONE
-                    after_of[p], before_of[after] = after, p
-                    left_of[ids[before]].append(before)
-                    right_of[ids[after]].append(p)
-            for neighbour in left_of.keys() - {BORDER}:
-                note((neighbour, new), left_of[neighbour])
-            for neighbour in right_of.keys() - {BORDER}:
-                note((new, neighbour), right_of[neighbour])
-            yield pair
+    def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
+        """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
+        where another pair begins now: these places and those before them."""
+        gone = self.next[places]
+        after = self.next[gone]
+        self.id[places], self.id[gone] = new, GONE
+        self.next[places], self.previous[after] = after, places
+        changed = np.concatenate((self.previous.take(places), places))
+        changed.sort()
+        return changed[first_of_equals(changed)]
 
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
-        ids = np.array([i for i in self.ids if i != GONE])
+        ids = self.id[self.id != GONE]
         ends = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
         raw = ids.astype(dtype).tobytes()
         return [raw[i + dtype.itemsize:j] for i, j in pairwise(ends)]
 
 
-def learn(counts: dict[str, int], num_merges: int) -> tuple[list[Pair], Words]:
-    """Words and how often each occurs -> the merges, and the words after them: each time the most
-    frequent pair, ties to the smaller ids, until none occurs twice.
-
-    >>> learn({"low": 1, "lower": 1, "lowest": 1}, 3)[0]     # lo, low, lowe
-    [(108, 111), (256, 119), (257, 101)]
-    """
-    words = Words(counts)
-    weight = np.append([*counts.values()], 0)[np.cumsum(np.array(words.ids) == BORDER) - 1].tolist()
-
-    def key(pair: Pair, places: list[int]) -> int | None:
-        count = sum(map(weight.__getitem__, places))
-        return -count if count > 1 else None
-
-    ids = itertools.count(256)
-    merging = words.merge(key, lambda pair: next(ids))
-    return list(islice(_progress(merging, "merging", num_merges), num_merges)), words
+def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each item continues a run -> where its run starts, and whether it is the run's first,
+    third ...: of the pairs in aaaaa, those to merge."""
+    i = np.arange(len(continues))
+    start = np.maximum.accumulate(np.where(continues, 0, i))
+    return start, (i - start) % 2 == 0
 
 
-def apply(merges: dict[Pair, tuple[int, int]], words: Words) -> None:
-    """Makes all merges, {pair: (rank, new id)}, in the order of their ranks."""
-    for _ in words.merge(lambda pair, _: merges[pair][0] if pair in merges else None,
-                         lambda pair: merges[pair][1]):
-        pass
+def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair]:
+    """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
+    often each word occurs.
+
+    A pair's places are noted once, when the later of its two ids is made. So its count can only
+    fall: when it leaves the heap, it is counted again and, if it has lost places, put back."""
+    weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
+    heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
+
+    def note(places: np.ndarray) -> None:
+        """The pairs that begin at these places go on the heap, grouped by a sort."""
+        pair = words.pairs(places)
+        by_pair = pair.argsort(kind="stable")
+        pair, places = pair.take(by_pair), places.take(by_pair)
+        start = first_of_equals(pair)
+        count = np.add.reduceat(weight.take(places), start).tolist()
+        pair, start = pair.take(start).tolist(), [*start.tolist(), None]
+        for n, p, (i, j) in zip(count, pair, pairwise(start), strict=True):
+            if n > 1 and p >= 0:
+                heapq.heappush(heap, (-n, p, places[i:j]))
+
+    if len(words.id) > 1:
+        note(np.arange(len(words.id) - 1))
+    for new in range(256, 256 + num_merges):
+        while heap:
+            _, pair, places = heapq.heappop(heap)
+            still = places[words.pairs(places) == pair]
+            if len(still) == len(places):
+                break
+            if (count := int(weight.take(still).sum())) > 1:
+                heapq.heappush(heap, (-count, pair, still))
+        else:
+            return
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        yield left, right
+        if left == right:
+            places = places[run_starts(np.append(False, words.next[places[:-1]] == places[1:]))[1]]
+        note(words.join(places, new))
+
+
+class Merges:
+    """The learned merges, to be made in their order in many words at once.
+
+    Many ranks can be made together: a *band* is a run of merges none of which uses what another one
+    of them makes. So all pairs of the lowest band are there when its turn comes; where two of them
+    overlap, the lower rank goes first."""
+
+    def __init__(self, merges: list[Pair], made: Iterable[int]):
+        pair = np.array([left << 32 | right for left, right in merges], np.int64)
+        self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
+        self.rank = np.append(np.argsort(pair), self.none)
+        self.pair = np.append(pair[self.rank[:-1]], np.iinfo(np.int64).max)        # sorted
+        first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
+        band, end = [0], self.none                       # end: the first rank behind the band
+        for rank, i in enumerate(made):
+            if first_use.get(i, self.none) <= rank:
+                raise ValueError(f"merge {first_use[i]} uses the token {i}, "
+                                 f"which only merge {rank} makes")
+            band.append(band[-1] + (rank == end))
+            end = min(self.none if rank == end else end, first_use.get(i, self.none))
+        self.band = np.array([*band[1:], band[-1] + 1], np.uint32)
+
+    def look_up(self, pair: np.ndarray) -> np.ndarray:
+        """Pairs -> the ranks of their merges, or none."""
+        i = np.searchsorted(self.pair, pair)
+        return np.where(self.pair[i] == pair, self.rank[i], self.none)
+
+    def apply(self, words: Words) -> None:
+        """Makes all merges, with the result of making them one by one."""
+        rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))), self.none)
+        band = self.band[rank]                           # (N,), of the pair that begins here
+        while (lowest := band.min()) < self.band[-1]:
+            at = np.flatnonzero(band == lowest)
+            here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
+            # Now: what overlaps nothing of a lower rank. Of a run like aaaaa that is every second
+            # pair, once nothing before the run goes first.
+            start, odd = run_starts(before == here)
+            at = at[odd & (before > here)[start] & (after >= here)]
+            gone = words.next[at]
+            changed = words.join(at, self.made[rank[at]])
+            rank[gone], band[gone] = self.none, self.band[-1]
+            rank[changed] = self.look_up(words.pairs(changed))
+            band[changed] = self.band[rank[changed]]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -371,8 +400,7 @@ class BPE:
         token |= {i: name.encode() for name, i in special.items()}
         vars(self).update(
             merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges={pair: ranked for pair, *ranked in zip(merges, itertools.count(), made)},
-            _whole=whole or {}, _known={}, _room=CACHE_BYTES,
+            _merges=Merges(merges, made), _whole=whole or {}, _known={}, _room=CACHE_BYTES,
             _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32),
             _state=(merges, made, special, byte_ids, others, whole))
 
@@ -396,8 +424,8 @@ class BPE:
             warnings.warn(f"{name!r} is written {times} times in the text, where it is plain text, "
                           "not the special token: if it divides documents, cut the text there and "
                           "give encode_file its id between them", stacklevel=2)
-        counts = dict(sorted(counts.items()))            # alike words side by side: a fifth faster
-        merges, words = learn(counts, self.vocab_size - 256 - len(self.special_tokens))
+        words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
+        merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
         self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
         if len(counts) <= CACHE_WORDS:                   # they are encoded now
             self._remember(self._known, counts, words)
@@ -435,16 +463,16 @@ class BPE:
             ready = {word: self._whole.get(word, word) for word in new
                      if isinstance(word, int) or word in self._whole}
             known |= {word: np.array(i, self._dtype).tobytes() for word, i in ready.items()}
-            listed = sorted(new - ready.keys())
+            listed = [word for word in new if word not in ready]
             merging = Words(listed, self._byte_ids)
-            apply(self._merges, merging)
+            self._merges.apply(merging)
             self._remember(known, listed, merging)
         return b"".join(map(known.__getitem__, words))
 
     def _remember(self, known: dict, listed: Iterable[str], words: Words) -> None:
         """Words and their ids go into the memory in one step, so no interrupt parts them."""
         known |= zip(listed, words.results(self._dtype), strict=True)
-        self._room -= len(words.ids)
+        self._room -= len(words.id)
         if len(known) > CACHE_WORDS or self._room < 0:
             self._known, self._room = {}, CACHE_BYTES
 
@@ -602,11 +630,6 @@ class BPE:
             made.append(vocab["".join(parts)])
         if len(set(merges)) < len(merges):
             raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        first_use = {i: rank for rank in reversed(range(len(merges))) for i in merges[rank]}
-        for rank, i in enumerate(made):
-            if first_use.get(i, len(made)) <= rank:
-                raise ValueError(f"merge {first_use[i]} uses the token {i}, which only merge "
-                                 f"{rank} makes")
         others, whole = {}, {}
         for token, i in vocab.items():
             byte_level = byte_of.keys() >= set(token)

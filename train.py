@@ -55,10 +55,10 @@ BATCH_SIZE = 8         # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
 MAX_STEPS = 1200       # steps of training; raise it and run again to train longer
 LEARNING_RATE = 2e-3   # the peak; lower it for deeper models (1e-3 for 12 layers)
-WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few, or too high a rate,
-                       # a deep post-norm model only learns how frequent each token is
-WEIGHT_DECAY = 1.0     # pull of the weight matrices towards 0; 0.1 for a text that is read only once
-                       # or twice (here five times: 1.71 bits per byte with 1.0, 1.74 with 0.1)
+WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few, or at too high a
+                       # rate, a deep post-norm model only learns how frequent each token is
+WEIGHT_DECAY = 1.0     # pull of the weight matrices towards 0; 0.1 for a text that is read once or
+                       # twice (this one is read five times: 1.71 bits per byte, 1.74 with 0.1)
 EVAL_EVERY = 200       # steps between validations; at most so many are lost in a power cut
 EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
                        # the time at the values here); None: all of them
