@@ -605,7 +605,7 @@ class TestGPTGenerate(Case):
 
     def test_the_modules_own_code_runs(self):
         model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
-        before = model.generate(x, 8, False)
+        before, scores = model.generate(x, 8, False), model.eval()(x)
 
         def square(self, x):  # what it assigns stays
             self.count = getattr(self, "count", 0) + 1
@@ -622,7 +622,7 @@ class TestGPTGenerate(Case):
                 if forward is square:
                     self.assertEqual([block.ffn.count for block in model.decoders], [8, 8])
                 self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
-            self.assertFalse(torch.equal(edited, before))
+                self.assertFalse(torch.equal(model(x), scores), f"no {cls.__name__} was called")
             model.train()
         self.assertTrue(torch.equal(model.generate(x, 8, False), before))
 
@@ -656,7 +656,7 @@ class TestGPTGenerate(Case):
             ids = model.generate(x, 6, False)
             with torch.no_grad():
                 logits = model(ids)[0, 4:-1].float()  # of the whole sequence in one go
-            self.assertGreater(logits.std().item(), 0.5)
+            self.assertGreater(logits.std().item(), 0.2)
             chosen = logits.gather(1, ids[0, 5:, None])[:, 0]  # but for rounding the best:
             self.assertClose(chosen, logits.max(-1).values, 0.1)
 
@@ -2741,7 +2741,7 @@ class TestEdits(CopiesCase):
         indent = line[: len(line) - len(line.lstrip())]
         scripts = self.copy_scripts(
             GPT=(line, line + indent + "print('logged', flush=True)\n"),
-            train=("MAX_STEPS = 600 ", "LOG_LEVEL = 1\nMAX_STEPS = 6 "))
+            train=("\nMAX_STEPS = ", "\nLOG_LEVEL = 1\nMAX_STEPS = "))
         printed = self.train_with(scripts)
         self.assertEqual(printed.count("logged"), 12)
         module = self.import_from(scripts)
