@@ -170,29 +170,29 @@ def whole_number(name: str, value: int) -> int:
 def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) -> None:
     """Draw the weights of all heads of one layer, (H, T, T), side by side; labels: the T tokens."""
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib import colors, rc_context
+        from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
     except ImportError:
-        print("No picture: it needs matplotlib (pip install matplotlib)")
-        return
-    H, T = len(weights), len(labels)
-    columns = min(H, 3)
-    rows = -(-H // columns)
-    side = 1.2 + 0.16 * T  # inches
-    figure, grid = plt.subplots(rows, columns, figsize=(columns * side, rows * side), squeeze=False,
-                                layout="constrained", facecolor="white")
-    for h, axes in enumerate(grid.flat):
-        if h >= H:
-            axes.set_axis_off()
-            continue
-        image = axes.imshow(weights[h], cmap="Blues", vmin=0, vmax=1)
-        axes.set_title(f"head {h + 1}", fontsize=10)
-        font = {"fontsize": 8, "family": "monospace", "parse_math": False}
-        axes.set_xticks(range(T), labels, rotation=90, **font)
-        axes.set_yticks(range(T), labels, **font)
-    figure.suptitle(title, fontsize=11)
-    figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        return print("No picture: it needs matplotlib (pip install matplotlib)")
+    # Nothing behind the picture, grey text, no colour at 0: right on a white and on a dark page.
+    blue = colors.LinearSegmentedColormap.from_list("", ["#2f81f700", "#2f81f7ff"])
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    columns = min(len(weights), 3)
+    rows, side = -(-len(weights) // columns), max(2.3, 0.16 * len(labels))  # inches
+    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 11, "text.parse_math": False}):
+        figure = Figure(figsize=(columns * side + 1.4, rows * side + 1.2), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for n, axes in enumerate(grid.flat):
+            axes.set_axis_off() if n >= len(weights) else axes.set_title(f"head {n + 1}")
+        for axes, head in zip(grid.flat, weights, strict=False):
+            image = axes.imshow(head.tolist(), cmap=blue, vmin=0, vmax=1)
+            axes.set_xticks(range(len(labels)), labels, rotation=90, family="monospace")
+            axes.set_yticks(range(len(labels)), labels, family="monospace")
+        figure.suptitle(title)
+        figure.supxlabel("key: the token it looks at")
+        figure.supylabel("query: the token that looks")
+        figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
+        figure.savefig(path, dpi=150, transparent=True)
     print(f"drawn: {path}")
 
 

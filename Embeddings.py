@@ -99,17 +99,22 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
 def draw_similarity(vectors: Tensor, path: str) -> None:
     """Draw how alike the vectors of any two positions are (cosine, -1 … 1). vectors: (T, E)."""
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib import colors, rc_context
+        from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
     except ImportError:
-        print("No picture: it needs matplotlib (pip install matplotlib)")
-        return
-    unit = nn.functional.normalize(vectors.float(), dim=1)
-    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
-    image = axes.imshow(unit @ unit.T, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set(title="Similarity of the learned positions", xlabel="position", ylabel="position")
-    figure.colorbar(image, label="cosine")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        return print("No picture: it needs matplotlib (pip install matplotlib)")
+    # Nothing behind the picture, grey text, no colour at 0: right on a white and on a dark page.
+    ends = ["#d73a49ff", "#80808000", "#2f81f7ff"]  # -1, 0, 1
+    red_blue = colors.LinearSegmentedColormap.from_list("", ends)
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
+        unit = nn.functional.normalize(vectors.float(), dim=1)
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow((unit @ unit.T).tolist(), cmap=red_blue, vmin=-1, vmax=1)
+        axes.set(title="How alike are two positions?", xlabel="position", ylabel="position")
+        figure.colorbar(image, label="cosine of their learned vectors")
+        figure.savefig(path, dpi=150, transparent=True)
     print(f"drawn: {path}")
 
 
