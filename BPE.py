@@ -727,7 +727,7 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
             raw = file.read(4)
             return offset + next((i for i, b in enumerate(raw) if b & 0xC0 != 0x80), len(raw))
 
-        stop, start = to_character(stop), to_character(start)
+        stop, start = to_character(stop), to_character(start) if start else 0
         file.seek(start)
         decoder, held = codecs.getincrementaldecoder("utf-8")(), ""      # held: since the last cut
         while True:

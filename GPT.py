@@ -97,7 +97,7 @@ class GPT(nn.Module):
         """
         if x.dim() != 2:
             raise ValueError(f"ids of shape {tuple(x.shape)}: give (B, T); of one row, ids[None]")
-        start = cache[0].length if cache else 0
+        start = max(layer.length for layer in cache) if cache else 0  # a block may not use its own
         h = self.token_embeddings(x) + self.positional_embeddings(x.shape[1], start)
         h = self.dropout(h)
         for n, decoder in enumerate(self.decoders):
@@ -143,7 +143,7 @@ class GPT(nn.Module):
         whole_number("max_new_tokens", max_new_tokens, at_least=0)
         whole_number("top_k", 1 if top_k is None else top_k)
         whole_number("stop_token", 0 if stop_token is None else stop_token, at_least=0)
-        check_number("temperature", temperature, zero=True)
+        temperature = check_number("temperature", temperature, zero=True)
         if top_p is not None and check_number("top_p", top_p) > 1:
             raise ValueError(f"top_p={top_p!r}: pick a probability above 0 and up to 1, or None")
 
@@ -154,7 +154,8 @@ class GPT(nn.Module):
             for _ in range(max_new_tokens):
                 with torch.inference_mode(), in_mode(modules, train=False):
                     if cache and ids.shape[1] <= max_seq_len:
-                        h = self.hidden(ids[:, cache[0].length :], cache)
+                        seen = max(layer.length for layer in cache)
+                        h = self.hidden(ids[:, seen:], cache)
                     else:  # the window moves: every position is new, so no cached key holds
                         h = self.hidden(ids[:, -max_seq_len:])
                     logits = self.linear(h[:, -1])  # (B, T, E) -> (B, V)
@@ -224,14 +225,15 @@ class GPT(nn.Module):
         accumulate = whole_number("accumulate", accumulate)
         whole_number("eval_every", 1 if eval_every is None else eval_every)
         grad_clip = check_number("grad_clip", grad_clip, infinite=True)
-        weight_decay = check_number("weight_decay", weight_decay, zero=True)
         total_steps = count_steps(train_loader, num_epochs, accumulate, max_steps)
         rate_at, peak = make_schedule(learning_rate, warmup_steps, total_steps)
         dtype, (rank, ranks) = pick_dtype(self.device, dtype), process_rank()
-        optimizer = self.make_optimizer(peak, weight_decay)
+        optimizer = self.make_optimizer(peak, check_number("weight_decay", weight_decay, zero=True))
         rates = [group["lr"] for group in optimizer.param_groups]  # at the peak of the schedule
-        settings = describe(self, optimizer, learning_rate=learning_rate, dtype=dtype, ranks=ranks,
-                            warmup_steps=warmup_steps, grad_clip=grad_clip, accumulate=accumulate)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        settings = describe(self, optimizer, learning_rate=learning_rate, num_epochs=num_epochs,
+                            max_steps=max_steps, warmup_steps=warmup_steps, grad_clip=grad_clip,
+                            accumulate=accumulate, eval_every=eval_every, dtype=dtype, ranks=ranks)
         run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
                "train_losses": [], "valid_losses": []}  # all that counts for resuming
         if checkpoint is not None:
@@ -241,7 +243,7 @@ class GPT(nn.Module):
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
                    disable=None if rank == 0 else True)  # None: only on a terminal
         clock, tokens_before = time.perf_counter(), run["tokens"]
-
+        self.zero_grad()  # whatever was left there, by an interrupted step, say
         with bar, in_mode(self.modules(), train=True):
             while run["step"] < total_steps and not stop:
                 # batch
@@ -257,10 +259,10 @@ class GPT(nn.Module):
                         loss.backward()
                     total += loss.detach()
                 # clip, check
-                norm = nn.utils.clip_grad_norm_(self.parameters(), grad_clip)
+                norm = nn.utils.clip_grad_norm_(trained, grad_clip)
                 train_loss, norm = torch.stack([total, norm]).tolist()  # waits for the device once
                 if not math.isfinite(train_loss + norm):  # a step would make every weight NaN
-                    optimizer.zero_grad()
+                    self.zero_grad()
                     raise FloatingPointError(
                         f"step {run['step'] + 1}: loss {train_loss}, gradient norm {norm}; the "
                         f"weights are those of step {run['step']}. Lower the learning rate, "
@@ -269,7 +271,7 @@ class GPT(nn.Module):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate / peak * rate_at(run["step"])
                 optimizer.step()
-                optimizer.zero_grad()
+                self.zero_grad()
                 run["step"] += 1
                 run["tokens"] += tokens * ranks
                 run["loss_sum"] += train_loss
@@ -467,7 +469,7 @@ def evaluate(model: GPT, valid_loader: Iterable, dtype: str, run: dict) -> dict:
     if not tokens:
         raise ValueError("no batch from the valid_loader: the held-out text is too short, or it is "
                          "a generator, which can be read only once; give a list or a DataLoader")
-    best = loss / tokens < min(run["valid_losses"], default=math.inf)
+    best = loss / tokens < min(filter(math.isfinite, run["valid_losses"]), default=math.inf)
     run["train_losses"].append(train_loss / steps)
     run["valid_losses"].append(loss / tokens)
     run["loss_sum"], run["loss_steps"] = 0.0, 0
@@ -481,7 +483,7 @@ def pick_device(device: str = "auto") -> str:
         return ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f'DEVICE={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
@@ -566,7 +568,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
                     settings: dict[str, str], run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
     rank, ranks = process_rank()
-    state = {"loss_sum": run["loss_sum"], "cpu": torch.get_rng_state()}
+    state = {"losses": [run["loss_sum"], run["loss_steps"]], "cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(model.device)
     states = [state] * ranks
@@ -576,7 +578,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
         write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
                           "settings": settings, "ranks": states,
-                          "run": {key: run[key] for key in run if key != "loss_sum"}})
+                          "run": {key: run[key] for key in run if key[:5] != "loss_"}})
     if ranks > 1:
         dist.barrier()  # nobody looks for the file before it is there
 
@@ -602,25 +604,24 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
     if any(key.startswith(("optimizer", "parameters")) for key in changed):
         said.append("a fresh state of the optimizer")
     else:
-        load_optimizer(optimizer, saved["optimizer"], keep_groups=not changed)
+        load_optimizer(optimizer, saved["optimizer"], changed)
     if said and rank == 0:
         print(f"{path}: resuming with {', '.join(said)}")
     run.update(saved["run"])
     for state in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
-        run["loss_sum"] = state["loss_sum"]
+        run["loss_sum"], run["loss_steps"] = state["losses"]
         torch.set_rng_state(state["cpu"])
         if model.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], model.device)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, keep_groups: bool) -> None:
-    """The state exactly as saved. The groups as saved, too (an optimizer may count in them), unless
-    something was changed: then as they are now."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, changed: list[str]) -> None:
+    """The state exactly as saved; so are the groups, in which an optimizer may count, but for the
+    hyperparameters that were changed."""
     now = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    if not keep_groups:
-        for group, fresh in zip(optimizer.param_groups, now, strict=True):
-            group.update(fresh)
+    for n, (group, fresh) in enumerate(zip(optimizer.param_groups, now, strict=True)):
+        group.update({key: fresh[key] for key in fresh if f"{key} of group {n}" in changed})
     # torch casts what it loads to the parameter's type, and its fused kernels take for granted that
     # it lies in memory as the parameter does.
     for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -682,7 +683,7 @@ def read_file(path: str | os.PathLike) -> dict:
 
 def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
     """ValueError, naming them, if the file's weights and the model's differ in name or shape."""
-    found, expected = ({name: tuple(w.shape) for name, w in weights.items()}
+    found, expected = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
                        for weights in (saved["weights"], model.state_dict()))
     differ = [f"{name} is {found.get(name, 'missing')}, in the model it is "
               f"{expected.get(name, 'missing')}" for name in expected | found

@@ -43,6 +43,8 @@ def main() -> None:
             raise FileNotFoundError(f"{file} is not there: run python train.py first, or set "
                                     f"OUT_DIR to the folder of a finished run")
     samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
+    if SEED is not None:
+        whole_number("SEED", SEED, at_least=0)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
     tokenizer = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
@@ -54,7 +56,7 @@ def main() -> None:
               file=sys.stderr)
     bpe = BPE.load(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
-    generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
+    generator = None if SEED is None else torch.Generator(device).manual_seed(int(SEED))
 
     start = bpe.encode(PROMPT) or model.notes.get("start", [end_token])
     # without a prompt: the end of a document or of a line, which isn't shown, or the first word
@@ -89,8 +91,12 @@ def changed_code(folder: Path) -> list[str]:
     """The scripts that differ from those that the model was trained with, comments aside."""
     here = Path(globals().get("__file__", "sample.py")).resolve().parent
     names = [path.relative_to(folder) for path in folder.rglob("*.py") if path.name != "train.py"]
-    return [str(name) for name in sorted(names) if not (here / name).exists() or ast.dump(
-        ast.parse((here / name).read_bytes())) != ast.dump(ast.parse((folder / name).read_bytes()))]
+    try:
+        return [str(name) for name in sorted(names) if not (here / name).exists() or ast.unparse(
+            ast.parse((here / name).read_bytes())) != ast.unparse(
+            ast.parse((folder / name).read_bytes()))]
+    except (SyntaxError, ValueError) as error:
+        return [str(error)]
 
 
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import inspect
 import io
-import json
 import math
 import os
 import re
@@ -32,7 +31,15 @@ import torch.distributed as dist
 
 from BPE import BPE, read_text
 from GetData import Batches, GetData
-from GPT import GPT, check_number, pick_device, pick_dtype, read_file, whole_number
+from GPT import (
+    GPT,
+    check_number,
+    make_schedule,
+    pick_device,
+    pick_dtype,
+    read_file,
+    whole_number,
+)
 
 # ------------------------------------------------------------------------------------------------
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
@@ -137,9 +144,11 @@ def check_constants() -> dict:
                  "EVAL_TOKENS", "SEED"):
         if name != "EVAL_TOKENS" or EVAL_TOKENS is not None:
             here[name] = whole_number(name, here[name], least.get(name, 1))
-    for name in ("DROPOUT", "LEARNING_RATE", "WEIGHT_DECAY"):
-        if not callable(here[name]):  # a function step -> rate is a schedule of its own
-            here[name] = check_number(name, here[name], zero=name != "LEARNING_RATE")
+    for name in ("DROPOUT", "WEIGHT_DECAY"):
+        here[name] = check_number(name, here[name], zero=True)
+    make_schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)  # checks them; it may be a function, too
+    if not callable(LEARNING_RATE):
+        here["LEARNING_RATE"] = float(LEARNING_RATE)
     for name, choices in (("RESUME", ("auto", True, False)), ("COMPILE", (True, False)),
                           ("DTYPE", ("auto", "fp32", "bf16"))):
         if repr(here[name]) not in map(repr, choices):
@@ -155,16 +164,19 @@ def check_constants() -> dict:
                          f"stands between them makes a run")
     names = [node.id for node in ast.walk(ast.parse(block[0]))
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    return {name: json.loads(json.dumps(here[name], default=in_words)) for name in names
+    return {name: plain(here[name]) for name in names
             if name in here and name not in ("DATA_FILE", "OUT_DIR", "RESUME")
             and not name.startswith("LOG_")}
 
 
-def in_words(value: object) -> str:
-    """A constant that JSON doesn't know: a function is its source."""
+def plain(value: object) -> bool | int | float | str | None:
+    """A constant as a value that is the same in the next process: a function is its source."""
+    if type(value) in (bool, int, str, type(None)) or type(value) is float and value == value:
+        return value
     with suppress(TypeError, OSError):
-        return inspect.getsource(value)
-    return str(value)
+        return ast.unparse(ast.parse(inspect.getsource(value).strip()))  # without comments
+    text = repr(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
+    return re.sub(r" at 0x\w+", "", text)
 
 
 # ------------------------------------------------------------------ the text
@@ -285,7 +297,10 @@ scripts()  # remembers them
 def meaning(source: bytes, name: str) -> str:
     """The syntax tree of a script, without comments, docstrings and the values of constants."""
     block = CONSTANTS.search(source) if name == FILE.name else None
-    tree = ast.parse(source.replace(block[0], b"") if block else source)
+    try:
+        tree = ast.parse(source.replace(block[0], b"") if block else source)
+    except (SyntaxError, ValueError):  # cut off, say
+        return repr(source)
     tree.body += [node for node in ast.parse(block[0] if block else b"").body
                   if not isinstance(node, (ast.Assign, ast.AnnAssign))]
     for node in ast.walk(tree):
@@ -368,13 +383,18 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
 def decide(out: Path, settings: dict, code: dict[str, bytes]) -> tuple[dict | None, str]:
     """The checkpoint to resume from, or None; and why the run in OUT_DIR must make room, or ""."""
     if not (out / "checkpoint.pt").exists():
+        if (out / "tokenizer.json").exists() and not (out / "model.pt").exists():
+            say(f"{OUT_DIR}: stopped before its first checkpoint: starts from scratch")
         return None, "a model without its checkpoint.pt" if (out / "model.pt").exists() else ""
     if RESUME is False:
         return None, "RESUME = False"
-    saved = read_file(out / "checkpoint.pt")
-    if "run" not in saved:
-        raise ValueError(f"{out / 'checkpoint.pt'} is a model without the state of its training: "
-                         f"put the checkpoint back, or set RESUME = False to start from scratch")
+    try:
+        saved = read_file(out / "checkpoint.pt")
+        if "run" not in saved:
+            raise ValueError(f"{out / 'checkpoint.pt'} is a model without its training's state")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put the checkpoint back, or set RESUME = False to start from "
+                         f"scratch") from None
     was, files = saved["notes"].get("settings", {}), changed_code(out / "code", code)
     names = [name for name in {**settings, **was} if settings.get(name) != was.get(name)]
     what = ", ".join([*(f"other {name}: {was.get(name)} -> {settings.get(name)}" for name in names
@@ -567,7 +587,9 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
     """Say how to resume if the training was stopped, else show what came out of it."""
     if not rows or int(rows[-1]["step"]) < MAX_STEPS:
         how = "python train.py" if RANKS == 1 else "the same torchrun command"
-        say(f"\nstopped; everything is in {Path(OUT_DIR, 'checkpoint.pt')}. To resume: {how}")
+        where = (f"everything is in {Path(OUT_DIR, 'checkpoint.pt')}. To resume"
+                 if (out / "checkpoint.pt").exists() else "before the first step. To start again")
+        say(f"\nstopped; {where}: {how}")
         sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
     report(rows)
     for extra in (draw_losses, print_sample):
