@@ -2544,9 +2544,6 @@ def library(name):
         raise unittest.SkipTest(f"{name} isn't installed: no comparison with it") from None
 
 
-CATEGORY_RUNS: list = []  # (category, white space or not, first and last code point); made once
-
-
 SPLITS: dict = {}  # pattern -> its split, made once
 
 
@@ -2680,12 +2677,14 @@ class TestBPE(Case):
 
     test_doctests = doctests_of("BPE")
 
-    def test_wikipedia_example(self):
-        bpe = BPE(259).fit("aaabdaaabac")
+    def test_merges_and_ids_equal_the_textbook(self):
+        """And so does the textbook form in the file, which a student reads first."""
+        bpe = BPE(259).fit("aaabdaaabac")  # Wikipedia's example
         self.assertEqual(bpe.merges, [(97, 97), (97, 98), (256, 257)])
         self.assertEqual(bpe.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
-
-    def test_merges_and_ids_equal_the_textbook(self):
+        self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
+        self.assertEqual(merge([], (97, 98), 256), [])
+        self.assertEqual((textbook_fit([], 5), textbook_fit(["ab", "cd"], 5)), ([], []))
         for seed in range(18):
             rng = random.Random(seed)
             text = (random_text(rng, 700), english(rng, 300), random_text(rng, 800, "ab "),
@@ -2694,28 +2693,16 @@ class TestBPE(Case):
             with self.subTest(seed=seed):
                 bpe = BPE(256 + 60).fit(text)
                 self.assertEqual(bpe.merges, fit_by_hand(text, 60))
+                words = explicit_classes(GPT2_PATTERN)(text)
+                self.assertEqual(textbook_fit(words, 60), bpe.merges)
+                ids = sum((textbook_encode(word, bpe.merges) for word in words), [])
+                self.assertEqual(ids, bpe.encode(text))
                 cold = self.cold(bpe)
                 for other in (
                     text, random_text(rng, 400) + text[::-1], random_text(rng, 900, "ab")):
                     want = encode_by_hand(other, bpe.merges)
                     self.assertEqual(bpe.encode(other), want)
                     self.assertEqual(cold.encode(other), want)
-
-    def test_the_textbook_form_in_the_file(self):
-        """What a student reads first is right, too, and the engine does just that."""
-        self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
-        self.assertEqual(merge([], (97, 98), 256), [])
-        for seed in range(6):
-            rng = random.Random(seed)
-            text = random_text(rng, 600, ("ab ", "aab", "abcd 中😀")[seed % 3]) + english(rng, 60)
-            words = explicit_classes(GPT2_PATTERN)(text)
-            merges = textbook_fit(words, 40)
-            self.assertEqual(merges, fit_by_hand(text, 40))
-            ids = sum((textbook_encode(word, merges) for word in words), [])
-            self.assertEqual(ids, encode_by_hand(text, merges))
-            bpe = BPE(256 + 40).fit(text)
-            self.assertEqual((bpe.merges, self.cold(bpe).encode(text)), (merges, ids))
-        self.assertEqual((textbook_fit([], 5), textbook_fit(["ab", "cd"], 5)), ([], []))
 
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
@@ -2744,16 +2731,6 @@ class TestBPE(Case):
         self.assertEqual(bpe.decode(bpe.encode("12 ab, é")), "12 ab, é")
         bpe = BPE(256, r"\p{L}+(?!\S)|\P{L}")  # "ab" only if nothing follows
         self.assertEqual(bpe.decode(bpe.encode("ab! c é")), "ab! c é")
-
-    def test_every_code_point(self):
-        bpe = self.trained()
-        self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)
-
-    def test_round_trip(self):
-        for pattern in PATTERNS:
-            bpe = self.trained(pattern=pattern)
-            for text in NASTY + [any_text(self.rng, 300) for _ in range(50)]:
-                self.assertEqual(bpe.decode(bpe.encode(text)), text)
 
     def test_highest_ids(self):
         top = 2**31 - 1
@@ -2805,11 +2782,6 @@ class TestBPE(Case):
                 for seed in "01"]
         self.assertEqual(*runs)
 
-    def test_fit_starts_from_scratch(self):
-        bpe = BPE(300).fit("hello hello hello")
-        self.assertEqual(bpe.fit("world world").merges, BPE(300).fit("world world").merges)
-        self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
-
     def test_small_texts_end(self):
         for text, size in (("", 256), ("a", 256), ("aa", 256), ("ab ab", 257), ([], 256),
                            (["", "é"], 256)):
@@ -2818,6 +2790,9 @@ class TestBPE(Case):
             self.assertEqual(bpe.decode(bpe.encode("née")), "née")
         self.assertEqual(BPE(300).encode(""), [])
         self.assertEqual(BPE(256).fit("aaaa").merges, [])
+        bpe = BPE(300).fit("hello hello hello")  # fit starts from scratch
+        self.assertEqual(bpe.fit("world world").merges, BPE(300).fit("world world").merges)
+        self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
 
     def test_long_words(self):
         """A quadratic way would take hours."""
@@ -3112,7 +3087,7 @@ class TestBPE(Case):
         for text in texts:
             self.assertEqual(ours.encode(text), theirs.encode(text).ids)
 
-    def test_save_and_load(self):
+    def test_round_trip_of_texts_and_files(self):
         for pattern in PATTERNS:
             bpe = self.trained(pattern=pattern)
             bpe.save("a.json")
@@ -3124,9 +3099,11 @@ class TestBPE(Case):
             raw.decode("utf-8")
             self.assertEqual((again.merges, again.special_tokens, len(again)),
                              (bpe.merges, bpe.special_tokens, len(bpe)))
-            for text in [*NASTY, "a \nb \n "]:
-                self.assertEqual(again.encode(text, allow_special=True),
-                                 bpe.encode(text, allow_special=True))
+            for text in [*NASTY, "a \nb \n ", *(any_text(self.rng, 300) for _ in range(50))]:
+                ids = bpe.encode(text, allow_special=True)
+                self.assertEqual((again.encode(text, allow_special=True), bpe.decode(ids)),
+                                 (ids, text))
+        self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)  # every code point
         with self.assertSays(ValueError, "special"):
             BPE(257, special_tokens=["a"]).save("c.json")
 
@@ -3450,21 +3427,17 @@ class TestBPE(Case):
         self.assertIn("270 True 4 []", self.python(*arguments, **options))
         self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs the script again
 
-    def test_workers_of_a_script_without_main_guard(self):
-        Path("script.py").write_text(self.WORK, "utf-8")
-        self.works("script.py")
-
-    def test_workers_of_a_program_from_stdin(self):
-        self.works("-", input=self.WORK)
-
-    def test_workers_after_torch_ran(self):
-        self.works("-c", "import torch; torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK)
-
-    def test_copied_alone(self):
+    def test_workers_of_any_program(self):
+        """A script without a main guard, beside a file with the name of a standard module; a
+        program from stdin, after torch has run. BPE.py is copied alone."""
         shutil.copy(HERE / "BPE.py", "BPE.py")
         Path("heapq.py").write_text("raise SystemExit('not the standard module')")
-        first = "import sys; sys.path.remove(''); import heapq; sys.path.insert(0, '')\n"
-        self.works("-c", first + self.WORK, env={"PYTHONPATH": ""})
+        hidden = "import sys; here = sys.path.pop(0); import heapq{}; sys.path.insert(0, here)\n"
+        Path("script.py").write_text(hidden.format("") + self.WORK, "utf-8")
+        self.works("script.py", env={"PYTHONPATH": ""})
+        os.remove("loaded")
+        work = "torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK
+        self.works("-", input=hidden.format(", torch") + work, env={"PYTHONPATH": ""})
 
     # --- looks
 
@@ -3482,25 +3455,14 @@ class TestBPE(Case):
         self.assertIn("matplotlib", out.getvalue())
         self.assertFalse(Path("z.png").exists())
 
-    def test_demo(self):
-        self.assertIn("·shells", self.python(str(HERE / "BPE.py")))
 
-    def test_import_builds_nothing(self):
-        code = "import BPE, sys; print({'tqdm', 'multiprocessing', 'torch'} & sys.modules.keys())"
-        self.assertIn("set()", self.python("-c", code))
-
-
-class TestGPT1(Case):
+class TestGPT1(RunCase):
     """The model against GPT-1 as transformers has it, and assets/huggingface.md: both recipes are
     run as printed, the network switched off, on small models."""
 
     PAGES = ("assets/huggingface.md", "assets/huggingface.ru.md")
     HUB_NAME = "openai-community/openai-gpt"
-    SIZES = (  # V, T, E, H, layers
-        (60, 20, 16, 2, 1),
-        (97, 26, 48, 3, 2),
-        (300, 33, 64, 8, 4),
-    )
+    SIZES = ((60, 20, 16, 2, 1), (97, 26, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
 
     def setUp(self):
         super().setUp()
@@ -3525,9 +3487,8 @@ class TestGPT1(Case):
     def openai_gpt(self, V, T, E, H, layers, afn="gelu"):
         """A random OpenAIGPTLMHeadModel in which every weight and bias counts."""
         hf = library("transformers")
-        config = hf.OpenAIGPTConfig(
-            vocab_size=V, n_positions=T, n_embd=E, n_head=H, n_layer=layers, afn=afn
-        )
+        config = hf.OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=E, n_head=H,
+                                    n_layer=layers, afn=afn)
         theirs = hf.OpenAIGPTLMHeadModel(config).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -3549,22 +3510,13 @@ class TestGPT1(Case):
         """(our weight, their weight, whether theirs is transposed)."""
         yield "token_embeddings.embedding.weight", "transformer.tokens_embed.weight", False
         yield "positional_embeddings.embedding.weight", "transformer.positions_embed.weight", False
-        for n in range(layers):
-            for ours, theirs in (
-                ("attention.heads.qkv", "attn.c_attn"),
-                ("attention.linear", "attn.c_proj"),
-                ("ffn.expand", "mlp.c_fc"),
-                ("ffn.contract", "mlp.c_proj"),
-                ("norm1", "ln_1"),
-                ("norm2", "ln_2"),
-            ):
-                for kind in ("weight", "bias"):
-                    transposed = kind == "weight" and not ours.startswith("norm")
-                    yield (
-                        f"decoders.{n}.{ours}.{kind}",
-                        f"transformer.h.{n}.{theirs}.{kind}",
-                        transposed,
-                    )
+        parts = {"attention.heads.qkv": "attn.c_attn", "attention.linear": "attn.c_proj",
+                 "ffn.expand": "mlp.c_fc", "ffn.contract": "mlp.c_proj",
+                 "norm1": "ln_1", "norm2": "ln_2"}
+        for n, (ours, theirs), kind in itertools.product(
+                range(layers), parts.items(), ("weight", "bias")):
+            yield (f"decoders.{n}.{ours}.{kind}", f"transformer.h.{n}.{theirs}.{kind}",
+                   kind == "weight" and not ours.startswith("norm"))
 
     def with_relu(self, theirs, V, T, E, H, layers):
         """Our model with the weights of theirs, put in by a mapping other than the recipe's."""
@@ -3616,13 +3568,8 @@ class TestGPT1(Case):
         self.assertEqual((ours, expected), ({}, {}), "a weight was not compared")
 
         prompt, new = ids[:, :3], T - 3
-        written = theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=new,
-            pad_token_id=0,
-        )
+        written = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                  max_new_tokens=new, pad_token_id=0)
         self.assertEqual(model.generate(prompt, new, do_sample=False).tolist(), written.tolist())
 
     def test_way_in_as_printed(self):
@@ -3654,26 +3601,11 @@ class TestGPT1(Case):
         self.assertClose(gelu(x), ours(x), 1e-6)
 
     def small_run(self):
-        """Train a small model in out/, so that the norms and biases have moved."""
-        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n" * 60
-        Path("my.txt").write_text(text, encoding="utf-8")
-        small = dict(
-            DATA_FILE="my.txt",
-            VOCAB_SIZE=290,
-            MAX_SEQ_LEN=24,
-            EMB_SIZE=32,
-            NUM_HEADS=4,
-            HEAD_SIZE=8,
-            NUM_LAYERS=2,
-            MAX_STEPS=40,
-            WARMUP_STEPS=5,
-            LEARNING_RATE=1e-2,
-            EVAL_EVERY=20,
-            BATCH_SIZE=8,
-            DEVICE="cpu",
-        )
-        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
-            train.main()
+        """A small model trained in out/, so that the norms and biases have moved."""
+        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n"
+        self.write("text.txt", text * 60)
+        self.trained("out", VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
+                     WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
         return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
 
     def check_opened(self, model):
@@ -3696,10 +3628,8 @@ class TestGPT1(Case):
         _, printed = self.run_recipe(1)
         self.assertIn("The ", printed.splitlines()[1])
         opened = self.check_opened(model)
-        self.assertEqual(
-            {file.name for file in Path("out/huggingface").glob("*.safetensors")},
-            {"model.safetensors"},
-        )
+        files = [file.name for file in Path("out/huggingface").glob("*.safetensors")]
+        self.assertEqual(files, ["model.safetensors"])
         tokenizer = hf.AutoTokenizer.from_pretrained("out/huggingface")
         self.assertEqual(len(tokenizer), len(bpe))
         rng = random.Random(5)
@@ -3708,8 +3638,7 @@ class TestGPT1(Case):
             ids = bpe.encode(text, allow_special=True)
             self.assertEqual(tokenizer(text).input_ids, ids, repr(text))
             self.assertEqual(tokenizer.decode(ids), bpe.decode(ids), repr(text))
-        prompt = "The quick"
-        new = 12
+        prompt, new = "The quick", 12
         write = hf.pipeline("text-generation", "out/huggingface")
         written = write(prompt, do_sample=False, max_new_tokens=new)[0]["generated_text"]
         end = bpe.special_tokens["<|endoftext|>"]
@@ -3717,12 +3646,7 @@ class TestGPT1(Case):
         ours = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
         self.assertEqual(opened.config.eos_token_id, end)
         self.assertEqual(written, bpe.decode(ours))
-
-    def test_way_out_of_any_norm_and_bias(self):
-        """Not only of what training makes: beta of zeros, of a sum of 0, large biases."""
-        library("transformers")
-        model, _ = self.small_run()
-        norm, bias = model.decoders[-1].norm2, model.linear.bias
+        # not only of what training makes: beta of zeros, of a sum of 0, large biases
         for beta in (torch.zeros(32), torch.tensor([1.0, -1.0] * 16) * norm.weight.detach()):
             with torch.no_grad():
                 norm.bias.copy_(beta)
@@ -3739,10 +3663,8 @@ class TestGPT1(Case):
         def gelu(self, x):
             return self.dropout(self.contract(F.gelu(self.expand(x))))
 
-        with (
-            mock.patch.object(FeedForward, "forward", gelu),
-            self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo"),
-        ):
+        with (mock.patch.object(FeedForward, "forward", gelu),
+              self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo")):
             self.run_recipe(1)
         with torch.no_grad():
             model.decoders[-1].norm2.weight[3] = 0
@@ -3758,11 +3680,8 @@ class TestGPT1(Case):
         self.assertEqual(*([name for name, _ in some] for some in blocks))
         code, comments = [], []
         for some in blocks:
-            tokens = [
-                list(tokenize.generate_tokens(io.StringIO(block).readline))
-                for name, block in some
-                if name == "python"
-            ]
+            tokens = [list(tokenize.generate_tokens(io.StringIO(block).readline))
+                      for name, block in some if name == "python"]
             self.assertEqual(len(tokens), 2)
             tokens = [(token.type, token.string) for block in tokens for token in block]
             comments.append([string for kind, string in tokens if kind == tokenize.COMMENT])
