@@ -1502,26 +1502,19 @@ class TestGetData(Case):
         self.assertEqual((from_array[0][0][3], from_tensor[0][0][3]), (777, 777))
 
     def test_a_memmap_is_not_read_whole(self):
-        import tracemalloc
-
+        try:
+            from resource import RUSAGE_SELF, getrusage
+        except ImportError:
+            self.skipTest("this system has no getrusage")
         size = 500_000_000
         with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no room on most disks
             header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + 2 * size)
-        try:
-            from resource import RUSAGE_SELF, getrusage
-        except ImportError:
-            getrusage = None
-        before = getrusage and getrusage(RUSAGE_SELF).ru_maxrss
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
+        before = getrusage(RUSAGE_SELF).ru_maxrss
         batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
         for k in range(5):
             batches.batch(k)
-        self.assertLess(tracemalloc.get_traced_memory()[1], 10e6)  # no copy
-        if getrusage is None:
-            self.skipTest("the pages that were touched: this system has no getrusage")
         grown = getrusage(RUSAGE_SELF).ru_maxrss - before
         self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
 
@@ -2707,9 +2700,12 @@ class TestBPE(Case):
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
         texts = [*NASTY, "".join(NASTY), "".join(map(chr, range(128))) * 2,
+                 random_text(rng, 2000, "ab1+|\n'?  "),
                  *(any_text(rng, 99) for _ in range(20)), *(random_text(rng, 9) for _ in range(99))]
         patterns = [*PATTERNS, *UNCUTTABLE, r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}|\p{L}",
-                    r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]"]
+                    r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]",
+                    r"b| ?[a1]+|[\s\S]", r"(?:b| ?[a1]+|') ?[a1]+|[\s\S]", r"1| ?[^a1]+|[\s\S]",
+                    r"a{2,3}|(?:ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"]
         for pattern in patterns:
             bpe, split = BPE(10**6, pattern), explicit_classes(pattern)
             for text in [*texts, "".join(rng.sample(self.every, 2_000))]:
@@ -2718,12 +2714,6 @@ class TestBPE(Case):
         bpe = BPE(10**6, r"(?i:ks)+|[\s\S]")  # ſ and the sign for kelvin have ASCII's other case
         text = "KsK\u017fkS\u212aS\u212a"
         self.assertEqual(words_of(bpe, text), [text[:-1], "\u212a"])
-
-    def test_patterns_of_ascii_mean_what_they_mean_to_re(self):
-        text = random_text(self.rng, 2000, "ab1+|\n'?  ")
-        for pattern in (r"b| ?[a1]+|[\s\S]", r"(?:b| ?[a1]+|') ?[a1]+|[\s\S]", r"1| ?[^a1]+|[\s\S]",
-                        r"a{2,3}|(?:ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"):
-            self.assertEqual(words_of(BPE(10**6, pattern), text), re.findall(pattern, text))
 
     def test_text_that_a_pattern_leaves_out(self):
         bpe = BPE(10**6, r"\p{L}+")
@@ -2822,8 +2812,6 @@ class TestBPE(Case):
         plain = bpe.encode("<|end|>er<|endoftext|>")
         self.assertLess(max(plain), last)
         self.assertEqual(bpe.decode(plain + [last + 2]), "<|end|>er<|endoftext|><|endoftext|>")
-        many = BPE(70_000, special_tokens=map(str, range(65_281)))
-        self.assertEqual(many.encode("a65280b", allow_special=True), [97, len(many) - 1, 98])
 
     def test_special_tokens_written_in_the_text(self):
         """They are plain text there; whoever meant them as borders is told."""
@@ -2919,14 +2907,6 @@ class TestBPE(Case):
                 cold.encode_file(parts, "ids.npy")
                 self.assertEqual(np.load("ids.npy").tolist(), sum(want, []))
         self.assertLess(kept[1], kept[0] / 4)
-
-    def test_copies(self):
-        bpe, text = self.trained(), random_text(self.rng, 500)
-        for original in (bpe, self.cold(bpe)):
-            for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-                self.assertEqual(twin.encode(text), bpe.encode(text))
-                self.assertEqual((twin.merges, twin.special_tokens, len(twin), twin.pattern),
-                                 (bpe.merges, bpe.special_tokens, len(bpe), bpe.pattern))
 
     def test_an_interrupt_leaves_no_wrong_ids_behind(self):
         """Ctrl-C, or no memory, at each line: when it first runs, in the middle, and at last."""
@@ -3097,12 +3077,16 @@ class TestBPE(Case):
             self.assertEqual(Path("b.json").read_bytes(), raw)
             self.assertNotIn(b"\r", raw)
             raw.decode("utf-8")
-            self.assertEqual((again.merges, again.special_tokens, len(again)),
-                             (bpe.merges, bpe.special_tokens, len(bpe)))
+            twins = [twin for original in (bpe, BPE.load("a.json"))  # has met words, or none
+                     for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original)))]
+            for same in (again, *twins):
+                self.assertEqual((same.merges, same.special_tokens, len(same)),
+                                 (bpe.merges, bpe.special_tokens, len(bpe)))
             for text in [*NASTY, "a \nb \n ", *(any_text(self.rng, 300) for _ in range(50))]:
                 ids = bpe.encode(text, allow_special=True)
-                self.assertEqual((again.encode(text, allow_special=True), bpe.decode(ids)),
-                                 (ids, text))
+                self.assertEqual(bpe.decode(ids), text)
+                for same in (again, *twins):
+                    self.assertEqual(same.encode(text, allow_special=True), ids)
         self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)  # every code point
         with self.assertSays(ValueError, "special"):
             BPE(257, special_tokens=["a"]).save("c.json")
@@ -3289,10 +3273,11 @@ class TestBPE(Case):
             bpe.encode_file(["a", len(bpe) - 1, "b"], "i.npy")
             ids = np.load("i.npy")
             self.assertEqual((ids.dtype, ids.tolist()), (dtype, [97, len(bpe) - 1, 98]))
+        self.assertEqual(bpe.encode(f"a{special - 1}b", allow_special=True), ids.tolist())
 
     def test_read_text(self):
         """Pieces are the text, and no word crosses from one to the next, whatever stands there."""
-        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 20]
+        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 10]
         borders, splits = 0, [explicit_classes(pattern) for pattern in PATTERNS]
         for part in parts:
             text = "\ufeff\r\n" + part * (600_000 // len(part.encode()))
