@@ -40,6 +40,7 @@ import unittest
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -133,10 +134,14 @@ class Case(unittest.TestCase):
         return done.stdout + done.stderr
 
 
-def run_doctests(case, name):
-    result = doctest.testmod(importlib.import_module(name))
-    case.assertGreater(result.attempted, 0)
-    case.assertEqual(result.failed, 0)
+def doctests_of(name):
+    """A test that runs the examples of a file."""
+    def test(self):
+        result = doctest.testmod(importlib.import_module(name))
+        self.assertGreater(result.attempted, 0)
+        self.assertEqual(result.failed, 0)
+
+    return test
 
 
 def tiny_gpt(cls=GPT, **changes):
@@ -157,27 +162,10 @@ def counting_batches(n=10, batch=4, T=8, V=40):
     return [(run[:, :-1], run[:, 1:]) for run in runs]
 
 
-def shuffled_batches():
-    """14 batches an epoch of a language of steps of 7, as train.py makes them."""
-    return Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=1)
-
-
 def shuffling_loader(n=4):
     """A DataLoader that draws from torch's generator and has no batch(k): 2·n batches of 2."""
     items = [(x[row], y[row]) for x, y in counting_batches(n) for row in range(4)]
     return torch.utils.data.DataLoader(items, 2, shuffle=True)
-
-
-class Watched(GPT):
-    """Calls before_step(), if it is set, when the gradients of a step are ready."""
-
-    before_step = None
-
-    def make_optimizer(self, learning_rate, weight_decay):
-        optimizer = super().make_optimizer(learning_rate, weight_decay)
-        if self.before_step:
-            optimizer.register_step_pre_hook(lambda *_: self.before_step())
-        return optimizer
 
 
 class Still(GPT):
@@ -235,6 +223,9 @@ class TestBadInput(Case):
     def test_data(self):
         tokens, positions, gpt = TokenEmbeddings(7, 5), PositionalEmbeddings(9, 5), GPT(**SIZES)
         model, batches, ids = tiny_gpt(), counting_batches(2), torch.tensor([[1, 2]])
+        model.save("m.pt")
+        nan = tiny_gpt()
+        nan.linear.bias.data[3] = math.nan
 
         def fit(train_loader, valid_loader=batches, num_epochs=2, **options):
             model.fit(train_loader, valid_loader, num_epochs, 1e-3, **options)
@@ -261,6 +252,11 @@ class TestBadInput(Case):
             (fit, (batches, once()), ("valid_loader", "generator")),
             (fit, ([],), ("train_loader",)),
             (fit, (batches, []), ("valid_loader",)),
+            *((fit, ([(x.to(dtype), y) for x, y in batches],), (str(dtype), "x.long()"))
+              for dtype in (torch.float32, torch.bool)),
+            (GPT.load("m.pt", dtype="bf16").fit, (batches, batches, 1, 1e-3),
+             ("bfloat16", 'dtype="fp32"')),  # weights too coarse to train
+            *((nan.generate, (ids, 1, do_sample), ("not finite",)) for do_sample in (True, False)),
         ]
         for bad, part in itertools.product((40, -1, -100), (0, 1)):  # -100: cross_entropy skips it
             spoilt = counting_batches(2)
@@ -272,8 +268,7 @@ class TestBadInput(Case):
 
 
 class TestEmbeddings(Case):
-    def test_doctests(self):
-        run_doctests(self, "Embeddings")
+    test_doctests = doctests_of("Embeddings")
 
     def test_equals_one_hot_product(self):
         embed = TokenEmbeddings(7, 5)
@@ -290,8 +285,7 @@ class TestEmbeddings(Case):
 
 
 class TestAttention(Case):
-    def test_doctests(self):
-        run_doctests(self, "Attention")
+    test_doctests = doctests_of("Attention")
 
     def test_formula_equals_torch(self):
         q, k, v = torch.randn(3, 2, 4, 6, 5, requires_grad=True)
@@ -377,8 +371,7 @@ class TestAttention(Case):
 
 
 class TestFFN(Case):
-    def test_doctests(self):
-        run_doctests(self, "FFN")
+    test_doctests = doctests_of("FFN")
 
     def test_equals_formula_and_works_token_by_token(self):
         ffn = FeedForward(6, dropout=0.0)
@@ -395,8 +388,7 @@ class TestFFN(Case):
 
 
 class TestDecoder(Case):
-    def test_doctests(self):
-        run_doctests(self, "Decoder")
+    test_doctests = doctests_of("Decoder")
 
     def test_equals_torch_forward_and_gradients(self):
         E, H = 12, 3
@@ -428,8 +420,7 @@ class TestDecoder(Case):
 
 
 class TestGPT(Case):
-    def test_doctests(self):
-        run_doctests(self, "GPT")
+    test_doctests = doctests_of("GPT")
 
     def test_equals_torch_stack(self):
         model = tiny_gpt(emb_size=12, num_heads=3, head_size=4, num_layers=3).eval()
@@ -499,6 +490,8 @@ class TestGPTGenerate(Case):
             for use_cache in (True, False):
                 ids = model.generate(x, 30, False, use_cache=use_cache)
                 self.assertTrue(torch.equal(ids, expected))
+        alone = torch.cat([model.generate(row[None], 30, False) for row in x])
+        self.assertTrue(torch.equal(alone, expected))  # rows are independent
         cropped = model.generate(x[:, -12:], 30, False)
         self.assertTrue(torch.equal(cropped[:, 12:], expected[:, 36:]))
 
@@ -577,13 +570,6 @@ class TestGPTGenerate(Case):
             if first not in free[0, 2:]:
                 ended = model.generate(prompt, 3, False, stop_token=first)
                 self.assertTrue(torch.equal(ended, free))
-
-    def test_rows_are_independent(self):
-        model = tiny_gpt().eval()
-        x = torch.randint(40, (4, 6))
-        together = model.generate(x, 20, False)
-        alone = torch.cat([model.generate(row[None], 20, False) for row in x])
-        self.assertTrue(torch.equal(together, alone))
 
     def test_leaves_no_trace(self):
         model = tiny_gpt(dropout=0.5)
@@ -680,39 +666,33 @@ class TestGPTGenerate(Case):
         whole = model.generate(x, 15, True, generator=torch.Generator().manual_seed(5))
         self.assertTrue(torch.equal(torch.stack(steps, 1), whole[:, 3:]))
 
-    def test_logits_that_are_not_numbers(self):
-        model = tiny_gpt()
-        with torch.no_grad():
-            model.linear.bias[3] = math.nan
-        for do_sample in (True, False):
-            with self.assertSays(ValueError, "not finite"):
-                model.generate(torch.tensor([[1]]), 1, do_sample)
-
 
 def one_of_two_ranks(rank, address):
-    """Train three times beside the other process: to the end; until rank 1 alone wants to stop, in
-    step 3; and from there to the end. Write what was seen to a file."""
-    def train(checkpoint, stop):
+    """Train beside the other process: to the end; until rank 1 alone wants to stop, in step 3; from
+    there to the end. Write what was seen to a file. Once more, and rank 1 dies in step 5."""
+    def train(checkpoint, stop, die=None):
         torch.distributed.barrier()  # until rank 0 has written the checkpoint
         torch.manual_seed(rank)  # they begin with the weights of rank 0 nevertheless
-        model = tiny_gpt(Watched)
+        model = tiny_gpt()
         seen = {"weights": [], "inside": [], "evals": []}
 
-        def before_step():
+        def before_step(*_):
             seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
             model.stop_training = rank == 1 and len(seen["weights"]) == stop
+            if rank == 1 and len(seen["weights"]) == die:
+                os._exit(0)
 
         def before_forward(linear, x):  # the gradient that the second batch of a step finds
             if linear.training and linear.weight.grad is not None:
                 seen["inside"].append(linear.weight.grad.clone())
 
-        model.before_step = before_step
         model.linear.register_forward_pre_hook(before_forward)
         loader = Batches(GetData(torch.arange(60) % 40, 8), 4, seed=3, rank=rank, ranks=2)
         valid = [loader.batch(k) for k in range(3 - rank)]  # not the same number on both
-        seen["losses"] = model.fit(
-            loader, valid, 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2, eval_every=3,
-            checkpoint=checkpoint, on_eval=seen["evals"].append)
+        with before_each_step(before_step):
+            seen["losses"] = model.fit(
+                loader, valid, 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2, eval_every=3,
+                checkpoint=checkpoint, on_eval=seen["evals"].append)
         seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
         return seen
 
@@ -720,7 +700,9 @@ def one_of_two_ranks(rank, address):
     with contextlib.redirect_stderr(io.StringIO()):
         runs = [train("whole.pt", 0), train("part.pt", 3), train("part.pt", 0)]
     torch.save(runs, f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # the other one is gone
+        train("dead.pt", 0, die=5)
+    os._exit(0)  # without the rest of the group
 
 
 class TestGPTFit(Case):
@@ -805,16 +787,18 @@ class TestGPTFit(Case):
         self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
         self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
         self.assertAlmostEqual(rates[99], 0.1, delta=0.001)
-        for steps, asked, warmup in ((4, 0, 0), (4, 1, 1), (4, 10**6, 2), (4, None, 2),
-                                     (220, None, 100), (3000, None, 300)):  # at most half, no error
-            model, seen = tiny_gpt(), []
+        model = tiny_gpt()  # told to stop, it trains again when it is asked to
+        for steps, asked, warmup in ((220, None, 100), (3000, None, 300), (4, 0, 0), (4, 1, 1),
+                                     (4, 10**6, 2), (4, None, 2)):  # at most half, no error
+            seen = []
 
-            def stop(figures, model=model, seen=seen):
-                seen.append(figures["learning_rate"])
+            def stop(metrics, seen=seen):
+                seen.append(metrics["learning_rate"])
                 model.stop_training = len(seen) == 4
 
             self.fit(counting_batches(4), epochs=steps, max_steps=steps, warmup_steps=asked,
                      eval_every=1, model=model, on_eval=stop)
+            self.assertEqual(len(seen), 4)
             expected = [learning_rate_at(step, 1e-3, warmup, steps) for step in range(4)]
             self.assertClose(torch.tensor(seen), torch.tensor(expected), 1e-9)
 
@@ -828,8 +812,6 @@ class TestGPTFit(Case):
         self.fit(torch.utils.data.DataLoader(stream, batch_size=None), max_steps=9)
         _, (losses, _) = self.fit((b for b in batches), max_steps=5)
         self.assertEqual(len(losses), 1)
-        self.fit(batches, lr=np.float64(1e-3), weight_decay=np.float64(0.1), checkpoint="c.pt")
-        read_file("c.pt")  # numpy's numbers would make it unreadable
 
     def test_leaves_no_trace(self):
         model, batches, seen = tiny_gpt(dropout=0.3), counting_batches(3), []
@@ -935,17 +917,6 @@ class TestGPTFit(Case):
         for path in ("c.pt", "m.pt"):
             self.assertEqual(read_file(path)["weights"].keys(), tiny_gpt().state_dict().keys())
 
-    def test_stop_training(self):
-        model = tiny_gpt()
-
-        def stop(figures):
-            model.stop_training = figures["step"] == 2
-
-        _, (losses, _) = self.fit(counting_batches(9), model=model, eval_every=1, on_eval=stop)
-        self.assertEqual(len(losses), 2)
-        _, (losses, _) = self.fit(counting_batches(3), model=model)  # and it trains again
-        self.assertEqual(len(losses), 1)
-
     @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
     def test_two_ranks(self):
         code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
@@ -972,6 +943,7 @@ class TestGPTFit(Case):
                 whole = first
         self.assertSame(first["weights"], whole["weights"][3:])
         self.assertSame(read_file("whole.pt"), read_file("part.pt"))
+        self.assertEqual(read_file("dead.pt")["run"]["step"], 3)  # of the last validation
         torch.manual_seed(0)  # and as one process on the whole batches
         data = GetData(torch.arange(60) % 40, 8)
         valid = [Batches(data, 4, 3, rank, 2).batch(k) for rank in (0, 1) for k in range(3 - rank)]
@@ -997,41 +969,53 @@ class TestGPTFit(Case):
         self.assertEqual(waits[1] - waits[0], 5)
 
 
-class TestGPTCheckpoint(Case):
+class TrainedCase(Case):
+    """Runs in which everything counts that a checkpoint must hold."""
+
+    STEPS = 9
+
+    def train(self, checkpoint, cls=GPT, stop_after=None, steps=STEPS, lr=1e-2, model=None,
+              loader=None, **options):
+        """Epochs of 5 steps of 3 batches, the last of 2; dropout; a validation that draws. Returns
+        the model, its losses and metrics, the rates of each step's groups, what was printed."""
+        torch.manual_seed(11)
+        run = SimpleNamespace(model=model or tiny_gpt(cls, dropout=0.2), rates=[], metrics=[])
+
+        def before_step(optimizer, *_):
+            run.rates.append([group["lr"] for group in optimizer.param_groups])
+            if len(run.rates) == stop_after:  # as a signal would, while that step runs
+                run.model.stop_training = True
+
+        loader = loader or Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=3)  # 14 batches
+        options = dict(accumulate=3, eval_every=2, on_eval=run.metrics.append) | options
+        with before_each_step(before_step), contextlib.redirect_stdout(io.StringIO()) as out:
+            run.losses = run.model.fit(loader, shuffling_loader(1), 99, lr, max_steps=steps,
+                                       checkpoint=checkpoint, **options)
+        run.steps, run.printed = len(run.rates), out.getvalue()
+        return run
+
+
+class TestGPTCheckpoint(TrainedCase):
     """What is written can be read, by nobody else, and a run resumes to the bit."""
 
-    STEPS, EVERY = 9, 2
-
-    def train(self, checkpoint, stop_after=None, steps=STEPS, model=None, **options):
-        """Epochs of 5 steps of 3 batches, the last of 2; dropout; a DataLoader that validates.
-        Returns the model, which knows its number of steps, and the losses."""
-        torch.manual_seed(11)
-        model = model or tiny_gpt(Watched, dropout=0.2)
-        model.steps = 0
-
-        def before_step():
-            model.steps += 1
-            if model.steps == stop_after:  # as a signal would, while that step runs
-                model.stop_training = True
-
-        model.before_step = before_step
-        data = (np.arange(61) * 7) % 40
-        loader = Batches(GetData(data, 8), 4, seed=3)  # 53 items: 14 batches
-        valid = shuffling_loader(1)
-        return model, model.fit(loader, valid, 99, 1e-2, max_steps=steps, accumulate=3,
-                                eval_every=self.EVERY, checkpoint=checkpoint, **options)
-
     def test_resume_at_every_step_is_exact(self):
-        _, losses = self.train("whole.pt")
-        whole = read_file("whole.pt")
+        whole = self.train("whole.pt")
+        expected = read_file("whole.pt")
         for k in range(1, self.STEPS):  # the fifth ends an epoch
             path = f"{k}.pt"
-            self.assertEqual(self.train(path, stop_after=k)[0].steps, k)
+            self.assertEqual(self.train(path, stop_after=k).steps, k)
             torch.randn(7)
-            model, resumed = self.train(path)
-            self.assertEqual(model.steps, self.STEPS - k)
-            self.assertSame(whole, read_file(path), f"stopped after step {k}: ")
-            self.assertEqual(losses, resumed)
+            resumed = self.train(path)
+            self.assertEqual(resumed.steps, self.STEPS - k)
+            self.assertSame(expected, read_file(path), f"stopped after step {k}: ")
+            self.assertEqual(whole.losses, resumed.losses)
+        changed = os.stat(path).st_mtime_ns  # and is left alone when it is finished
+        again = self.train(path)
+        self.assertEqual((again.steps, again.losses), (0, whole.losses))
+        self.assertEqual(os.stat(path).st_mtime_ns, changed)
+        longer = self.train(path, steps=12)
+        self.assertEqual(longer.steps, 3)
+        self.assertEqual(longer.losses[0][:-2], whole.losses[0])  # after steps 10 and 12
 
     def leaves(self, value, path=()):
         """(path, value) of each value in nested dicts and lists, and of the lists themselves."""
@@ -1054,12 +1038,11 @@ class TestGPTCheckpoint(Case):
         are the same at any step of the run don't count (format, sizes, settings): they describe the
         run and its arguments give them again. Nor does the rate, which each step makes anew."""
         def run(path, stop_after=None):
-            seen = []
             torch.manual_seed(0)
-            model = tiny_gpt(Watched, num_layers=1, emb_size=8, dropout=0.2)
-            _, losses = self.train(path, stop_after, model=model, on_eval=seen.append)
-            metrics = [m | {"tokens_per_second": 0} for m in seen]
-            return losses, metrics, model.state_dict(), read_file(path)
+            model = tiny_gpt(num_layers=1, emb_size=8, dropout=0.2)
+            run = self.train(path, stop_after=stop_after, model=model)
+            metrics = [m | {"tokens_per_second": 0} for m in run.metrics]
+            return run.losses, metrics, model.state_dict(), read_file(path)
 
         def same(a, b):
             with contextlib.suppress(AssertionError):
@@ -1088,96 +1071,49 @@ class TestGPTCheckpoint(Case):
         self.assertGreater(counted, 60)  # 16 weights, their moments and steps, counters, losses
 
     def test_plain_loader_resumes_at_the_epochs_border(self):
-        def fit(checkpoint, stop_at=None):
-            torch.manual_seed(1)
-            model, steps = tiny_gpt(dropout=0.2), []
-
-            def stop(figures):
-                steps.append(figures["step"])
-                model.stop_training = figures["step"] == stop_at
-
-            return steps, model.fit(shuffling_loader(2), counting_batches(1), 3, 1e-2, eval_every=1,
-                                    checkpoint=checkpoint, on_eval=stop)
-
-        _, losses = fit("whole.pt")
-        fit("part.pt", stop_at=6)  # in the middle of the second epoch of four steps
-        self.assertEqual(fit("part.pt"), ([5, 6, 7, 8, 9, 10, 11, 12], losses))
+        plain = dict(loader=shuffling_loader(2), accumulate=1, eval_every=1, steps=12)  # of 4 each
+        whole = self.train("whole.pt", **plain)
+        self.train("part.pt", stop_after=6, **plain)  # in the middle of the second epoch
+        resumed = self.train("part.pt", **plain)
+        self.assertEqual([metrics["step"] for metrics in resumed.metrics], list(range(5, 13)))
+        self.assertEqual(whole.losses, resumed.losses)
         self.assertSame(read_file("whole.pt"), read_file("part.pt"))
 
     def test_stop_during_a_save_counts(self):
-        model = tiny_gpt(Watched, dropout=0.2)
+        model = tiny_gpt(dropout=0.2)
         model.register_state_dict_pre_hook(  # as a signal that comes just now
             lambda *_: setattr(model, "stop_training", True))
-        _, (losses, _) = self.train("c.pt", model=model)
-        self.assertEqual(len(losses), 1)
+        self.assertEqual(len(self.train("c.pt", model=model).losses[0]), 1)
 
     def test_speed_counts_what_was_trained_now(self):
         self.train("c.pt", stop_after=5)
-        model, seen = tiny_gpt(Watched, dropout=0.2), []
+        model = tiny_gpt(dropout=0.2)
         model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # three times a step
         started = time.perf_counter()
-        self.train("c.pt", model=model, steps=6, on_eval=seen.append)
+        speed = self.train("c.pt", model=model, steps=6).metrics[0]["tokens_per_second"]
         took, tokens = time.perf_counter() - started, 3 * 4 * 8
-        self.assertLess(seen[0]["tokens_per_second"], tokens / 0.15)
-        self.assertGreater(seen[0]["tokens_per_second"], tokens / took)
-
-    def test_finished_run_is_left_alone(self):
-        _, losses = self.train("c.pt")
-        before, changed = Path("c.pt").read_bytes(), os.stat("c.pt").st_mtime_ns
-        model, again = self.train("c.pt")
-        self.assertEqual((losses, 0, before, changed), (again, model.steps,
-                         Path("c.pt").read_bytes(), os.stat("c.pt").st_mtime_ns))
-        model, longer = self.train("c.pt", steps=12)
-        self.assertEqual(model.steps, 3)
-        self.assertEqual(longer[0][: len(losses[0])], losses[0])
-        self.assertGreater(len(longer[0]), len(losses[0]))
+        self.assertLess(speed, tokens / 0.15)
+        self.assertGreater(speed, tokens / took)
 
     def test_checkpoint_that_does_not_fit(self):
         self.train("c.pt", stop_after=3)
-        before, saved = Path("c.pt").read_bytes(), read_file("c.pt")
+        self.train("class.pt", WithAnotherLayer, stop_after=3)
+        saved, another = read_file("c.pt"), ("last_norm.weight", "(16,)", "missing")
         spoilt = saved["weights"] | {"linear.bias": torch.zeros(39)}
         torch.save(saved | {"weights": spoilt}, "bad.pt")
-        for path, width, words in (("c.pt", 32, ("16", "32")), ("bad.pt", 16, ("linear.bias",))):
-            model = tiny_gpt(Watched, emb_size=width, dropout=0.2)
+        for path, width, words in (("c.pt", 32, ("16", "32")), ("bad.pt", 16, ("linear.bias",)),
+                                   ("class.pt", 16, another)):
+            model, before = tiny_gpt(emb_size=width), Path(path).read_bytes()
             weights = copy.deepcopy(model.state_dict())
             with self.assertSays(ValueError, path, *words):
                 self.train(path, model=model)
             self.assertSame(weights, model.state_dict())  # nothing half-loaded
+            self.assertEqual(before, Path(path).read_bytes())
+        with self.assertSays(ValueError, "class.pt", *another):
+            GPT.load("class.pt")
         tiny_gpt().save("model.pt")
         with self.assertSays(ValueError, "model.pt"):  # no state of an optimizer in it
             self.train("model.pt")
-        self.assertEqual(before, Path("c.pt").read_bytes())
-        for options, words in ((dict(weight_decay=0.2), ("weight_decay", "0.1", "0.2")),
-                               (dict(dtype="bf16"), ("dtype", "fp32", "bf16"))):
-            Path("c.pt").write_bytes(before)
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                try:
-                    self.train("c.pt", steps=4, **options)
-                except ValueError as error:
-                    print(error)
-            for word in words:  # refused or resumed, but never silently mixed
-                self.assertIn(word, said.getvalue())
-
-    def test_layout_in_memory_does_not_matter(self):
-        def model(by_columns):
-            torch.manual_seed(0)
-            model = tiny_gpt(Watched)
-            if by_columns:  # the same matrices, column after column
-                for parameter in model.parameters():
-                    if parameter.dim() == 2:
-                        parameter.data = parameter.data.t().contiguous().t()
-            return model
-
-        ends = []
-        for n, (first, second) in enumerate(itertools.product((False, True), repeat=2)):
-            self.train(f"{n}.pt", steps=9, stop_after=4, model=model(first))
-            self.train(f"{n}.pt", model=model(second))  # no moment may go astray
-            ends.append(read_file(f"{n}.pt")["weights"])
-        for name, weight in ends[0].items():
-            if "qkv.bias" not in name:  # a key's bias has no gradient but noise
-                for other in ends[1:]:
-                    self.assertClose(weight, other[name], 1e-3)
 
     def test_round_trip(self):
         model = tiny_gpt().eval()
@@ -1249,8 +1185,6 @@ class TestGPTCheckpoint(Case):
             with self.assertSays(ValueError, "evil.pt"):
                 GPT.load("evil.pt")
             self.assertFalse(Path("pwned").exists())
-        for name in MODULES:  # nowhere in the code
-            self.assertNotIn("weights_only=" + "False", (HERE / f"{name}.py").read_text("utf-8"))
 
     def test_sizes_and_weights_that_disagree(self):
         tiny_gpt().save("m.pt")
@@ -1271,38 +1205,36 @@ class TestGPTCheckpoint(Case):
                 GPT.load("bad.pt")
 
     def test_failed_save_leaves_the_old_file(self):
-        model = tiny_gpt()
-        model.save("m.pt")
-        before = Path("m.pt").read_bytes()
+        def fails(error, *words):
+            with self.assertSays(error, *words):
+                model.save("m.pt")
+            self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
 
         def half(content, file):
             file.write(b"half")
             raise RuntimeError("pulled the plug")
 
-        with mock.patch("torch.save", half), self.assertSays(RuntimeError, "pulled"):
-            model.save("m.pt")
-        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-
-    @unittest.skipUnless(Path("/dev/full").exists(), "no /dev/full here")
-    def test_full_disk(self):
         model = tiny_gpt()
         model.save("m.pt")
         before = Path("m.pt").read_bytes()
+        with mock.patch("torch.save", half):
+            fails(RuntimeError, "pulled")
+        if not Path("/dev/full").exists():
+            self.skipTest("no /dev/full here to stand for a full disk")
         os.symlink("/dev/full", "m.pt.tmp")
-        with self.assertSays(OSError, "No space left", "m.pt"):
-            model.save("m.pt")
-        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-        code = ("import resource, signal; from GPT import GPT; m = GPT.load('m.pt');"
-                "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-                "try: m.save('m.pt')\nexcept OSError as error: print(error)")
-        self.assertRegex(self.python("-c", code), "too large.*m.pt")
-        self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
+        fails(OSError, "No space left", "m.pt")
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        fails(OSError, "too large", "m.pt")
 
     def test_killed_at_any_moment_of_a_save(self):
         self.train("m.pt", steps=1)  # a fresh process reads a checkpoint as well
         code = ("from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
                 "while True: m.save('m.pt')")
-        for _ in range(3):
+        for _ in range(2):
             child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                                      env={**os.environ, "PYTHONPATH": str(HERE)})
             child.stdout.readline()
@@ -1336,96 +1268,71 @@ OPTIMIZERS = {
 }
 
 
-class TestGPTOptimizer(Case):
-    def train(self, make, steps=6, stop=None, lr=1e-2, checkpoint="c.pt", **options):
-        """A model of a class whose make_optimizer is `make`, the rates of each step's groups, and
-        what was printed."""
-        rates, out = [], io.StringIO()
-
-        class Own(GPT):
-            def make_optimizer(self, learning_rate, weight_decay):
-                optimizer = (make or GPT.make_optimizer)(self, learning_rate, weight_decay)
-                optimizer.register_step_pre_hook(
-                    lambda *_: rates.append([g["lr"] for g in optimizer.param_groups]))
-                return optimizer
-
-        def on_eval(metrics):
-            model.stop_training = metrics["step"] == stop
-
-        torch.manual_seed(2)
-        model = tiny_gpt(Own, dropout=options.pop("dropout", 0.1))
-        with contextlib.redirect_stdout(out):
-            model.fit(shuffled_batches(), counting_batches(1), 9, lr, max_steps=steps, eval_every=1,
-                      checkpoint=checkpoint, on_eval=on_eval, **options)
-        return model, rates, out.getvalue()
+class TestGPTOptimizer(TrainedCase):
+    def own(self, make):
+        """A model with an optimizer of its own: make(its parameters, learning rate)."""
+        return type("Own", (GPT,), {
+            "make_optimizer": lambda self, rate, weight_decay: make(self.parameters(), rate)})
 
     def test_any_optimizer_resumes_exactly(self):
         for name, make in OPTIMIZERS.items():
-            def own(self, learning_rate, weight_decay, make=make):
-                return make(self.parameters(), learning_rate)
-
-            for k in (2, 4):
-                self.train(own, checkpoint=f"{name} {k}.pt", stop=k)
-                _, rates, out = self.train(own, checkpoint=f"{name} {k}.pt")
-                self.assertEqual((len(rates), out), (6 - k, ""))
-            self.train(own, checkpoint=f"{name}.pt")
-            for k in (2, 4):
-                self.assertSame(read_file(f"{name}.pt"), read_file(f"{name} {k}.pt"), name)
+            self.train("whole.pt", self.own(make))
+            self.train("part.pt", self.own(make), stop_after=4)
+            resumed = self.train("part.pt", self.own(make))
+            self.assertEqual((resumed.steps, resumed.printed), (5, ""))
+            self.assertSame(read_file("whole.pt"), read_file("part.pt"), name)
+            os.remove("whole.pt")
+            os.remove("part.pt")
 
     def test_groups_keep_their_rates_in_proportion(self):
-        def own(self, learning_rate, weight_decay):
-            first, *rest = self.parameters()
-            return torch.optim.SGD([{"params": [first], "lr": learning_rate / 4}, {"params": rest}],
-                                   learning_rate)
+        def make(parameters, rate):
+            first, *rest = parameters
+            return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
 
-        _, rates, _ = self.train(own, checkpoint=None, warmup_steps=2)
-        for step, (quarter, whole) in enumerate(rates):
-            self.assertAlmostEqual(whole, learning_rate_at(step, 1e-2, 2, 6))
+        for step, (quarter, whole) in enumerate(self.train(None, self.own(make)).rates):
+            self.assertAlmostEqual(whole, learning_rate_at(step, 1e-2, 4, 9))
             self.assertAlmostEqual(quarter, whole / 4)
 
     def test_a_schedule_of_ones_own(self):
         def triangle(step):
-            return np.float32(0.01) * min(step, 6 - step)  # begins with a rate of 0
+            return np.float32(0.01) * min(step, 9 - step)  # begins with a rate of 0
 
-        _, rates, _ = self.train(None, lr=triangle)
-        for step, groups in enumerate(rates):
+        for step, groups in enumerate(self.train("c.pt", lr=triangle).rates):
             self.assertAlmostEqual(groups[0], triangle(step), places=8)
         read_file("c.pt")
         for bad in (lambda step: -step, lambda step: math.nan, lambda step: 0, lambda step: None):
             with self.assertSays(ValueError, "learning_rate"):
-                self.train(None, lr=bad)
+                self.train("c.pt", lr=bad)
 
     def test_what_differs_is_named_and_used(self):
-        def other_betas(self, learning_rate, weight_decay):
-            optimizer = GPT.make_optimizer(self, learning_rate, weight_decay)
-            optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-            return optimizer
+        class OtherBetas(GPT):
+            def make_optimizer(self, learning_rate, weight_decay):
+                optimizer = super().make_optimizer(learning_rate, weight_decay)
+                optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+                return optimizer
 
         rows = [  # what is changed, words of the one line that says so
-            (None, {"weight_decay": 0.3}, ("weight_decay of group 0 0.3 (was 0.1)",)),
-            (None, {"dropout": 0.0}, ("dropout 0.0 (was 0.1)",)),
-            (None, {"lr": 2e-2}, ("learning_rate 0.02 (was 0.01)",)),
-            (None, {"dtype": "bf16"}, ("dtype bf16 (was fp32)",)),
-            (None, {"grad_clip": 0.5}, ("grad_clip 0.5 (was 1.0)",)),
-            (other_betas, {}, ("betas of group 0 (0.5, 0.6) (was (0.9, 0.99))",)),
-            (lambda self, lr, _: torch.optim.SGD(self.parameters(), lr), {},
-             ("SGD", "AdamW", "fresh")),
+            (dict(weight_decay=0.3), ("weight_decay of group 0 0.3 (was 0.1)",)),
+            (dict(model=tiny_gpt()), ("dropout 0.0 (was 0.2)",)),
+            (dict(lr=2e-2), ("learning_rate 0.02 (was 0.01)",)),
+            (dict(dtype="bf16"), ("dtype bf16 (was fp32)",)),
+            (dict(grad_clip=0.5), ("grad_clip 0.5 (was 1.0)",)),
+            (dict(cls=OtherBetas), ("betas of group 0 (0.5, 0.6) (was (0.9, 0.99))",)),
+            (dict(cls=self.own(torch.optim.SGD)), ("SGD", "AdamW", "fresh")),
         ]
-        self.train(None, stop=3, checkpoint="3.pt")
-        plain = shutil.copy("3.pt", "plain.pt")
-        plain = self.train(None, checkpoint=plain)[0].state_dict()
-        for make, options, words in rows:
-            path = shutil.copy("3.pt", "c.pt")
-            model, rates, out = self.train(make, checkpoint=path, **options)
+        self.train("3.pt", stop_after=3)
+        plain = self.train(shutil.copy("3.pt", "plain.pt")).model.state_dict()
+        for options, words in rows:
+            resumed = self.train(shutil.copy("3.pt", "c.pt"), **options)
             with self.subTest(words):
-                self.assertEqual((len(rates), out.count("\n")), (3, 1), out)
+                self.assertEqual((resumed.steps, resumed.printed.count("\n")), (6, 1))
                 for word in ("c.pt", *words):
-                    self.assertIn(word, out)
+                    self.assertIn(word, resumed.printed)
                 moved = [(a - b).abs().max().item() for a, b in
-                         zip(model.state_dict().values(), plain.values(), strict=True)]
+                         zip(resumed.model.state_dict().values(), plain.values(), strict=True)]
                 self.assertGreater(max(moved), 1e-4)
         torch.save(read_file("3.pt") | {"ranks": []}, "c.pt")  # of fewer ranks than now
-        self.assertEqual(len(self.train(None)[1]), 3)
+        self.assertEqual(self.train("c.pt").steps, 6)
 
 
 class RMSNorm(nn.Module):
@@ -1491,26 +1398,17 @@ class WithoutLearnedPositions(GPT):
         self.positional_embeddings = lambda T, start=0: self.table[start : start + T]
 
 
-class TestGPTEdited(Case):
+class TestGPTEdited(TrainedCase):
     """Nets that people make of this one: trained, stopped, resumed, saved, loaded, sampled from."""
-
-    def train(self, cls, path, model=None, stop=False):
-        """Four steps, or two of them."""
-        torch.manual_seed(4)
-        model = model or tiny_gpt(cls, dropout=0.1)
-        model.fit(shuffled_batches(), counting_batches(1), 9, 1e-2, max_steps=4, warmup_steps=0,
-                  eval_every=2, checkpoint=path,
-                  on_eval=lambda metrics: setattr(model, "stop_training", stop))
-        return model
 
     def test_train_resume_save_load_generate(self):
         x = torch.tensor([[1, 8], [3, 4]])
         for cls in (WithRMSNorm, WithAnotherLayer, WithLoRA, Tied, WithoutLearnedPositions):
             with self.subTest(cls.__name__):
                 before = tiny_gpt(cls)(x)
-                whole = self.train(cls, "whole.pt")
-                self.train(cls, "part.pt", stop=True)
-                self.train(cls, "part.pt")
+                whole = self.train("whole.pt", cls, steps=4).model
+                self.train("part.pt", cls, steps=4, stop_after=2)
+                self.train("part.pt", cls, steps=4)
                 self.assertSame(read_file("whole.pt"), read_file("part.pt"))
                 whole.save("m.pt")
                 state = torch.get_rng_state()
@@ -1523,25 +1421,11 @@ class TestGPTEdited(Case):
                 cached, plain = (loaded.generate(x, 15, False, use_cache=cache)
                                  for cache in (True, False))  # beyond max_seq_len = 12
                 self.assertTrue(torch.equal(cached, plain))
-                Path("whole.pt").unlink()
-                Path("part.pt").unlink()
-
-    def test_tied_stays_tied(self):
-        self.train(Tied, "c.pt").save("m.pt")
-        loaded = Tied.load("m.pt")
-        loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
-        self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
-
-    def test_a_file_of_another_class_names_what_differs(self):
-        self.train(WithAnotherLayer, "c.pt")
-        before = Path("c.pt").read_bytes()
-        model = tiny_gpt()
-        weights = copy.deepcopy(model.state_dict())
-        for call in (lambda: GPT.load("c.pt"), lambda: self.train(GPT, "c.pt", model)):
-            with self.assertSays(ValueError, "c.pt", "last_norm.weight", "(16,)", "missing"):
-                call()
-        self.assertSame(weights, model.state_dict())  # nothing half-loaded
-        self.assertEqual(before, Path("c.pt").read_bytes())
+                loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
+                if cls is Tied:  # it stays so
+                    self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
+                os.remove("whole.pt")
+                os.remove("part.pt")
 
     def test_what_could_not_be_read_again_is_refused(self):
         model = tiny_gpt()
@@ -1554,7 +1438,7 @@ class TestGPTEdited(Case):
             with self.assertSays(ValueError, "notes", "best"):
                 model.save("m.pt")
             with self.assertSays(ValueError, "notes", "best"):
-                self.train(GPT, "c.pt", model)
+                self.train("c.pt", model=model)
         self.assertEqual((os.listdir(), before), (["m.pt"], Path("m.pt").read_bytes()))
         self.assertEqual(GPT.load("m.pt").notes["text"], "größer")
 
@@ -1565,7 +1449,7 @@ class TestGPTEdited(Case):
                 return optimizer
 
         with self.assertSays(ValueError, "optimizer", "folder"):
-            self.train(Odd, "c.pt")
+            self.train("c.pt", Odd)
 
     def test_numbers_of_numpy(self):
         sizes = {name: np.int64(size) for name, size in SIZES.items() if name != "dropout"}
@@ -1581,28 +1465,16 @@ class TestGPTEdited(Case):
         read_file("c.pt")
 
     def test_ids_of_any_integer_type(self):
-        torch.manual_seed(1)
-        _, expected = tiny_gpt().fit(counting_batches(2), counting_batches(1), 1, 1e-3)
-        for dtype in (torch.uint16, torch.uint8, torch.int32, torch.uint32):
+        losses = []
+        for dtype in (torch.int64, torch.uint16, torch.uint8, torch.int32, torch.uint32):
             torch.manual_seed(1)
             short = [[(x.to(dtype), y.to(dtype)) for x, y in counting_batches(n)] for n in (2, 1)]
-            self.assertEqual(tiny_gpt().fit(*short, 1, 1e-3)[1], expected)
-        for dtype in (torch.float32, torch.bool):
-            with self.assertSays(ValueError, str(dtype), "x.long()"):
-                tiny_gpt().fit([(x.to(dtype), y) for x, y in counting_batches(2)], [], 1, 1e-3)
-
-    def test_weights_too_coarse_to_train(self):
-        tiny_gpt().save("m.pt")
-        model = GPT.load("m.pt", dtype="bf16")
-        before = copy.deepcopy(model.state_dict())
-        with self.assertSays(ValueError, "bfloat16", 'dtype="fp32"'):
-            model.fit(counting_batches(2), counting_batches(1), 1, 1e-3)
-        self.assertSame(before, model.state_dict())
+            losses.append(tiny_gpt().fit(*short, 1, 1e-3))
+            self.assertEqual(losses[-1], losses[0])
 
 
 class TestGetData(Case):
-    def test_doctests(self):
-        run_doctests(self, "GetData")
+    test_doctests = doctests_of("GetData")
 
     def test_every_window_of_every_kind_of_data(self):
         ids = random.sample(range(1000), 23)
@@ -1630,26 +1502,19 @@ class TestGetData(Case):
         self.assertEqual((from_array[0][0][3], from_tensor[0][0][3]), (777, 777))
 
     def test_a_memmap_is_not_read_whole(self):
-        import tracemalloc
-
+        try:
+            from resource import RUSAGE_SELF, getrusage
+        except ImportError:
+            self.skipTest("this system has no getrusage")
         size = 500_000_000
         with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no room on most disks
             header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + 2 * size)
-        try:
-            from resource import RUSAGE_SELF, getrusage
-        except ImportError:
-            getrusage = None
-        before = getrusage and getrusage(RUSAGE_SELF).ru_maxrss
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
+        before = getrusage(RUSAGE_SELF).ru_maxrss
         batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
         for k in range(5):
             batches.batch(k)
-        self.assertLess(tracemalloc.get_traced_memory()[1], 10e6)  # no copy
-        if getrusage is None:
-            self.skipTest("the pages that were touched: this system has no getrusage")
         grown = getrusage(RUSAGE_SELF).ru_maxrss - before
         self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
 
@@ -1678,16 +1543,11 @@ class TestGetData(Case):
         expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
         methods = set(torch.multiprocessing.get_all_start_methods()) & {"fork", "spawn"}
         for method in sorted(methods):
-            loader = torch.utils.data.DataLoader(dataset, 64, num_workers=2,
+            loader = torch.utils.data.DataLoader(dataset, 64, num_workers=1,
                                                  multiprocessing_context=method)
             with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
                 found = torch.cat([x for x, _ in loader])
             self.assertTrue(torch.equal(found, expected), method)
-
-    def test_dataloader_takes_it(self):
-        loader = torch.utils.data.DataLoader(GetData(list(range(50)), 8), batch_size=4)
-        x, y = next(iter(loader))
-        self.assertEqual((x.shape, y[0, 0].item()), ((4, 8), 1))
 
     def test_shuffle_is_a_permutation(self):
         for n in (1, 2, 3, 4, 5, 16, 17, 100, 1025):
@@ -1975,7 +1835,7 @@ class TestTrain(RunCase):
         self.trained("out", MAX_STEPS=4)
         constants = SMALL | dict(MAX_STEPS=4)
         for n, changes in enumerate((dict(MAX_STEPS=3), dict(SEED=2), dict(
-                DROPOUT=0.2, LEARNING_RATE=2e-2, WARMUP_STEPS=1, WEIGHT_DECAY=2.0, ACCUMULATE=1,
+                DROPOUT=0.2, LEARNING_RATE=2e-2, WARMUP_STEPS=0, WEIGHT_DECAY=2.0, ACCUMULATE=1,
                 BATCH_SIZE=3, NUM_LAYERS=1, HEAD_SIZE=4, NUM_HEADS=1, EMB_SIZE=8, MAX_SEQ_LEN=9,
                 VOCAB_SIZE=268, EVAL_EVERY=2)), start=1):
             old = self.saved()["weights"]
@@ -1990,7 +1850,7 @@ class TestTrain(RunCase):
         self.assertEqual(sizes, {name: constants[name.upper()] for name in sizes})
         self.assertEqual(self.saved()["optimizer"]["param_groups"][0]["weight_decay"], 2.0)
         for n, row in zip((2, 3), self.rows(), strict=True):
-            rate = f"{learning_rate_at(n - 1, 2e-2, 1, 3):.3g}"
+            rate = f"{learning_rate_at(n - 1, 2e-2, 0, 3):.3g}"
             self.assertEqual((str(n), str(n * 3 * 9), rate),
                              (row["step"], row["tokens"], row["learning_rate"]))
 
@@ -2267,9 +2127,9 @@ class TestRunFolder(RunCase):
             (FileNotFoundError, "missing.txt", "DATA_FILE.*missing.txt"),
             (FileNotFoundError, ["text.txt", "missing.txt"], "missing.txt"),
             (ValueError, "latin.txt", "latin.txt.*byte 2.*UTF-8"),
-            (ValueError, "utf16.txt", "utf16.txt.*(byte 0|NUL).*UTF-8"),
-            (ValueError, "le.txt", "UTF-16"), (ValueError, "russian.txt", "UTF-16"),
-            (ValueError, "empty.txt", "empty"), (ValueError, "short.txt", "MAX_SEQ_LEN"),
+            (ValueError, "utf16.txt", "utf16.txt.*UTF-"), (ValueError, "le.txt", "UTF-16"),
+            (ValueError, "russian.txt", "UTF-16"), (ValueError, "empty.txt", "empty"),
+            (ValueError, "short.txt", "MAX_SEQ_LEN"),
         ):
             for resume in ("auto", False, True):
                 self.assertFails(error, words, self.train, DATA_FILE=file, RESUME=resume)
@@ -2421,7 +2281,8 @@ class TestRunFolder(RunCase):
         self.write("text.txt", "the cat sat on the mat <|endoftext|>\n" * 99)  # of which fit warns
         with (warnings.catch_warnings(), self.assertRaises(SystemExit) as stopped,
               mock.patch("warnings.showwarning", side_effect=KeyboardInterrupt)):
-            warnings.simplefilter("always")
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", ".* is written .* times")
             self.run_script("train", **SMALL)
         self.assertEqual(stopped.exception.code, 130)
         self.assertEqual((files_of("out"), sorted(os.listdir("out"))), (before, inside))
@@ -2675,9 +2536,6 @@ def library(name):
         raise unittest.SkipTest(f"{name} isn't installed: no comparison with it") from None
 
 
-CATEGORY_RUNS: list = []  # (category, white space or not, first and last code point); made once
-
-
 SPLITS: dict = {}  # pattern -> its split, made once
 
 
@@ -2809,15 +2667,16 @@ class TestBPE(Case):
 
     # --- exact
 
-    def test_doctests(self):
-        run_doctests(self, "BPE")
-
-    def test_wikipedia_example(self):
-        bpe = BPE(259).fit("aaabdaaabac")
-        self.assertEqual(bpe.merges, [(97, 97), (97, 98), (256, 257)])
-        self.assertEqual(bpe.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
+    test_doctests = doctests_of("BPE")
 
     def test_merges_and_ids_equal_the_textbook(self):
+        """And so does the textbook form in the file, which a student reads first."""
+        bpe = BPE(259).fit("aaabdaaabac")  # Wikipedia's example
+        self.assertEqual(bpe.merges, [(97, 97), (97, 98), (256, 257)])
+        self.assertEqual(bpe.encode("aaabdaaabac"), [258, 100, 258, 97, 99])
+        self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
+        self.assertEqual(merge([], (97, 98), 256), [])
+        self.assertEqual((textbook_fit([], 5), textbook_fit(["ab", "cd"], 5)), ([], []))
         for seed in range(18):
             rng = random.Random(seed)
             text = (random_text(rng, 700), english(rng, 300), random_text(rng, 800, "ab "),
@@ -2826,6 +2685,10 @@ class TestBPE(Case):
             with self.subTest(seed=seed):
                 bpe = BPE(256 + 60).fit(text)
                 self.assertEqual(bpe.merges, fit_by_hand(text, 60))
+                words = explicit_classes(GPT2_PATTERN)(text)
+                self.assertEqual(textbook_fit(words, 60), bpe.merges)
+                ids = sum((textbook_encode(word, bpe.merges) for word in words), [])
+                self.assertEqual(ids, bpe.encode(text))
                 cold = self.cold(bpe)
                 for other in (
                     text, random_text(rng, 400) + text[::-1], random_text(rng, 900, "ab")):
@@ -2833,28 +2696,15 @@ class TestBPE(Case):
                     self.assertEqual(bpe.encode(other), want)
                     self.assertEqual(cold.encode(other), want)
 
-    def test_the_textbook_form_in_the_file(self):
-        """What a student reads first is right, too, and the engine does just that."""
-        self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
-        self.assertEqual(merge([], (97, 98), 256), [])
-        for seed in range(6):
-            rng = random.Random(seed)
-            text = random_text(rng, 600, ("ab ", "aab", "abcd 中😀")[seed % 3]) + english(rng, 60)
-            words = explicit_classes(GPT2_PATTERN)(text)
-            merges = textbook_fit(words, 40)
-            self.assertEqual(merges, fit_by_hand(text, 40))
-            ids = sum((textbook_encode(word, merges) for word in words), [])
-            self.assertEqual(ids, encode_by_hand(text, merges))
-            bpe = BPE(256 + 40).fit(text)
-            self.assertEqual((bpe.merges, self.cold(bpe).encode(text)), (merges, ids))
-        self.assertEqual((textbook_fit([], 5), textbook_fit(["ab", "cd"], 5)), ([], []))
-
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
         texts = [*NASTY, "".join(NASTY), "".join(map(chr, range(128))) * 2,
+                 random_text(rng, 2000, "ab1+|\n'?  "),
                  *(any_text(rng, 99) for _ in range(20)), *(random_text(rng, 9) for _ in range(99))]
         patterns = [*PATTERNS, *UNCUTTABLE, r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}|\p{L}",
-                    r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]"]
+                    r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]",
+                    r"b| ?[a1]+|[\s\S]", r"(?:b| ?[a1]+|') ?[a1]+|[\s\S]", r"1| ?[^a1]+|[\s\S]",
+                    r"a{2,3}|(?:ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"]
         for pattern in patterns:
             bpe, split = BPE(10**6, pattern), explicit_classes(pattern)
             for text in [*texts, "".join(rng.sample(self.every, 2_000))]:
@@ -2864,28 +2714,12 @@ class TestBPE(Case):
         text = "KsK\u017fkS\u212aS\u212a"
         self.assertEqual(words_of(bpe, text), [text[:-1], "\u212a"])
 
-    def test_patterns_of_ascii_mean_what_they_mean_to_re(self):
-        text = random_text(self.rng, 2000, "ab1+|\n'?  ")
-        for pattern in (r"b| ?[a1]+|[\s\S]", r"(?:b| ?[a1]+|') ?[a1]+|[\s\S]", r"1| ?[^a1]+|[\s\S]",
-                        r"a{2,3}|(?:ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"):
-            self.assertEqual(words_of(BPE(10**6, pattern), text), re.findall(pattern, text))
-
     def test_text_that_a_pattern_leaves_out(self):
         bpe = BPE(10**6, r"\p{L}+")
         self.assertEqual(words_of(bpe, "ab é, 12中"), ["ab", " ", "é", ", 12", "中"])
         self.assertEqual(bpe.decode(bpe.encode("12 ab, é")), "12 ab, é")
         bpe = BPE(256, r"\p{L}+(?!\S)|\P{L}")  # "ab" only if nothing follows
         self.assertEqual(bpe.decode(bpe.encode("ab! c é")), "ab! c é")
-
-    def test_every_code_point(self):
-        bpe = self.trained()
-        self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)
-
-    def test_round_trip(self):
-        for pattern in PATTERNS:
-            bpe = self.trained(pattern=pattern)
-            for text in NASTY + [any_text(self.rng, 300) for _ in range(50)]:
-                self.assertEqual(bpe.decode(bpe.encode(text)), text)
 
     def test_highest_ids(self):
         top = 2**31 - 1
@@ -2937,11 +2771,6 @@ class TestBPE(Case):
                 for seed in "01"]
         self.assertEqual(*runs)
 
-    def test_fit_starts_from_scratch(self):
-        bpe = BPE(300).fit("hello hello hello")
-        self.assertEqual(bpe.fit("world world").merges, BPE(300).fit("world world").merges)
-        self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
-
     def test_small_texts_end(self):
         for text, size in (("", 256), ("a", 256), ("aa", 256), ("ab ab", 257), ([], 256),
                            (["", "é"], 256)):
@@ -2950,6 +2779,9 @@ class TestBPE(Case):
             self.assertEqual(bpe.decode(bpe.encode("née")), "née")
         self.assertEqual(BPE(300).encode(""), [])
         self.assertEqual(BPE(256).fit("aaaa").merges, [])
+        bpe = BPE(300).fit("hello hello hello")  # fit starts from scratch
+        self.assertEqual(bpe.fit("world world").merges, BPE(300).fit("world world").merges)
+        self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
 
     def test_long_words(self):
         """A quadratic way would take hours."""
@@ -2979,8 +2811,6 @@ class TestBPE(Case):
         plain = bpe.encode("<|end|>er<|endoftext|>")
         self.assertLess(max(plain), last)
         self.assertEqual(bpe.decode(plain + [last + 2]), "<|end|>er<|endoftext|><|endoftext|>")
-        many = BPE(70_000, special_tokens=map(str, range(65_281)))
-        self.assertEqual(many.encode("a65280b", allow_special=True), [97, len(many) - 1, 98])
 
     def test_special_tokens_written_in_the_text(self):
         """They are plain text there; whoever meant them as borders is told."""
@@ -3076,14 +2906,6 @@ class TestBPE(Case):
                 cold.encode_file(parts, "ids.npy")
                 self.assertEqual(np.load("ids.npy").tolist(), sum(want, []))
         self.assertLess(kept[1], kept[0] / 4)
-
-    def test_copies(self):
-        bpe, text = self.trained(), random_text(self.rng, 500)
-        for original in (bpe, self.cold(bpe)):
-            for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-                self.assertEqual(twin.encode(text), bpe.encode(text))
-                self.assertEqual((twin.merges, twin.special_tokens, len(twin), twin.pattern),
-                                 (bpe.merges, bpe.special_tokens, len(bpe), bpe.pattern))
 
     def test_an_interrupt_leaves_no_wrong_ids_behind(self):
         """Ctrl-C, or no memory, at each line: when it first runs, in the middle, and at last."""
@@ -3244,7 +3066,7 @@ class TestBPE(Case):
         for text in texts:
             self.assertEqual(ours.encode(text), theirs.encode(text).ids)
 
-    def test_save_and_load(self):
+    def test_round_trip_of_texts_and_files(self):
         for pattern in PATTERNS:
             bpe = self.trained(pattern=pattern)
             bpe.save("a.json")
@@ -3254,11 +3076,17 @@ class TestBPE(Case):
             self.assertEqual(Path("b.json").read_bytes(), raw)
             self.assertNotIn(b"\r", raw)
             raw.decode("utf-8")
-            self.assertEqual((again.merges, again.special_tokens, len(again)),
-                             (bpe.merges, bpe.special_tokens, len(bpe)))
-            for text in [*NASTY, "a \nb \n "]:
-                self.assertEqual(again.encode(text, allow_special=True),
-                                 bpe.encode(text, allow_special=True))
+            twins = [twin for original in (bpe, BPE.load("a.json"))  # has met words, or none
+                     for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original)))]
+            for same in (again, *twins):
+                self.assertEqual((same.merges, same.special_tokens, len(same)),
+                                 (bpe.merges, bpe.special_tokens, len(bpe)))
+            for text in [*NASTY, "a \nb \n ", *(any_text(self.rng, 300) for _ in range(50))]:
+                ids = bpe.encode(text, allow_special=True)
+                self.assertEqual(bpe.decode(ids), text)
+                for same in (again, *twins):
+                    self.assertEqual(same.encode(text, allow_special=True), ids)
+        self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)  # every code point
         with self.assertSays(ValueError, "special"):
             BPE(257, special_tokens=["a"]).save("c.json")
 
@@ -3444,10 +3272,11 @@ class TestBPE(Case):
             bpe.encode_file(["a", len(bpe) - 1, "b"], "i.npy")
             ids = np.load("i.npy")
             self.assertEqual((ids.dtype, ids.tolist()), (dtype, [97, len(bpe) - 1, 98]))
+        self.assertEqual(bpe.encode(f"a{special - 1}b", allow_special=True), ids.tolist())
 
     def test_read_text(self):
         """Pieces are the text, and no word crosses from one to the next, whatever stands there."""
-        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 20]
+        parts = NASTY[1:] + EDGES + [random_text(self.rng, n, MORE) for n in (2, 3, 4, 6, 400) * 10]
         borders, splits = 0, [explicit_classes(pattern) for pattern in PATTERNS]
         for part in parts:
             text = "\ufeff\r\n" + part * (600_000 // len(part.encode()))
@@ -3582,21 +3411,17 @@ class TestBPE(Case):
         self.assertIn("270 True 4 []", self.python(*arguments, **options))
         self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs the script again
 
-    def test_workers_of_a_script_without_main_guard(self):
-        Path("script.py").write_text(self.WORK, "utf-8")
-        self.works("script.py")
-
-    def test_workers_of_a_program_from_stdin(self):
-        self.works("-", input=self.WORK)
-
-    def test_workers_after_torch_ran(self):
-        self.works("-c", "import torch; torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK)
-
-    def test_copied_alone(self):
+    def test_workers_of_any_program(self):
+        """A script without a main guard, beside a file with the name of a standard module; a
+        program from stdin, after torch has run. BPE.py is copied alone."""
         shutil.copy(HERE / "BPE.py", "BPE.py")
         Path("heapq.py").write_text("raise SystemExit('not the standard module')")
-        first = "import sys; sys.path.remove(''); import heapq; sys.path.insert(0, '')\n"
-        self.works("-c", first + self.WORK, env={"PYTHONPATH": ""})
+        hidden = "import sys; here = sys.path.pop(0); import heapq{}; sys.path.insert(0, here)\n"
+        Path("script.py").write_text(hidden.format("") + self.WORK, "utf-8")
+        self.works("script.py", env={"PYTHONPATH": ""})
+        os.remove("loaded")
+        work = "torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK
+        self.works("-", input=hidden.format(", torch") + work, env={"PYTHONPATH": ""})
 
     # --- looks
 
@@ -3614,25 +3439,14 @@ class TestBPE(Case):
         self.assertIn("matplotlib", out.getvalue())
         self.assertFalse(Path("z.png").exists())
 
-    def test_demo(self):
-        self.assertIn("·shells", self.python(str(HERE / "BPE.py")))
 
-    def test_import_builds_nothing(self):
-        code = "import BPE, sys; print({'tqdm', 'multiprocessing', 'torch'} & sys.modules.keys())"
-        self.assertIn("set()", self.python("-c", code))
-
-
-class TestGPT1(Case):
+class TestGPT1(RunCase):
     """The model against GPT-1 as transformers has it, and assets/huggingface.md: both recipes are
     run as printed, the network switched off, on small models."""
 
     PAGES = ("assets/huggingface.md", "assets/huggingface.ru.md")
     HUB_NAME = "openai-community/openai-gpt"
-    SIZES = (  # V, T, E, H, layers
-        (60, 20, 16, 2, 1),
-        (97, 26, 48, 3, 2),
-        (300, 33, 64, 8, 4),
-    )
+    SIZES = ((60, 20, 16, 2, 1), (97, 26, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
 
     def setUp(self):
         super().setUp()
@@ -3657,9 +3471,8 @@ class TestGPT1(Case):
     def openai_gpt(self, V, T, E, H, layers, afn="gelu"):
         """A random OpenAIGPTLMHeadModel in which every weight and bias counts."""
         hf = library("transformers")
-        config = hf.OpenAIGPTConfig(
-            vocab_size=V, n_positions=T, n_embd=E, n_head=H, n_layer=layers, afn=afn
-        )
+        config = hf.OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=E, n_head=H,
+                                    n_layer=layers, afn=afn)
         theirs = hf.OpenAIGPTLMHeadModel(config).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -3681,22 +3494,13 @@ class TestGPT1(Case):
         """(our weight, their weight, whether theirs is transposed)."""
         yield "token_embeddings.embedding.weight", "transformer.tokens_embed.weight", False
         yield "positional_embeddings.embedding.weight", "transformer.positions_embed.weight", False
-        for n in range(layers):
-            for ours, theirs in (
-                ("attention.heads.qkv", "attn.c_attn"),
-                ("attention.linear", "attn.c_proj"),
-                ("ffn.expand", "mlp.c_fc"),
-                ("ffn.contract", "mlp.c_proj"),
-                ("norm1", "ln_1"),
-                ("norm2", "ln_2"),
-            ):
-                for kind in ("weight", "bias"):
-                    transposed = kind == "weight" and not ours.startswith("norm")
-                    yield (
-                        f"decoders.{n}.{ours}.{kind}",
-                        f"transformer.h.{n}.{theirs}.{kind}",
-                        transposed,
-                    )
+        parts = {"attention.heads.qkv": "attn.c_attn", "attention.linear": "attn.c_proj",
+                 "ffn.expand": "mlp.c_fc", "ffn.contract": "mlp.c_proj",
+                 "norm1": "ln_1", "norm2": "ln_2"}
+        for n, (ours, theirs), kind in itertools.product(
+                range(layers), parts.items(), ("weight", "bias")):
+            yield (f"decoders.{n}.{ours}.{kind}", f"transformer.h.{n}.{theirs}.{kind}",
+                   kind == "weight" and not ours.startswith("norm"))
 
     def with_relu(self, theirs, V, T, E, H, layers):
         """Our model with the weights of theirs, put in by a mapping other than the recipe's."""
@@ -3748,13 +3552,8 @@ class TestGPT1(Case):
         self.assertEqual((ours, expected), ({}, {}), "a weight was not compared")
 
         prompt, new = ids[:, :3], T - 3
-        written = theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=new,
-            pad_token_id=0,
-        )
+        written = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                  max_new_tokens=new, pad_token_id=0)
         self.assertEqual(model.generate(prompt, new, do_sample=False).tolist(), written.tolist())
 
     def test_way_in_as_printed(self):
@@ -3786,26 +3585,11 @@ class TestGPT1(Case):
         self.assertClose(gelu(x), ours(x), 1e-6)
 
     def small_run(self):
-        """Train a small model in out/, so that the norms and biases have moved."""
-        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n" * 60
-        Path("my.txt").write_text(text, encoding="utf-8")
-        small = dict(
-            DATA_FILE="my.txt",
-            VOCAB_SIZE=290,
-            MAX_SEQ_LEN=24,
-            EMB_SIZE=32,
-            NUM_HEADS=4,
-            HEAD_SIZE=8,
-            NUM_LAYERS=2,
-            MAX_STEPS=40,
-            WARMUP_STEPS=5,
-            LEARNING_RATE=1e-2,
-            EVAL_EVERY=20,
-            BATCH_SIZE=8,
-            DEVICE="cpu",
-        )
-        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
-            train.main()
+        """A small model trained in out/, so that the norms and biases have moved."""
+        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n"
+        self.write("text.txt", text * 60)
+        self.trained("out", VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
+                     WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
         return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
 
     def check_opened(self, model):
@@ -3828,10 +3612,8 @@ class TestGPT1(Case):
         _, printed = self.run_recipe(1)
         self.assertIn("The ", printed.splitlines()[1])
         opened = self.check_opened(model)
-        self.assertEqual(
-            {file.name for file in Path("out/huggingface").glob("*.safetensors")},
-            {"model.safetensors"},
-        )
+        files = [file.name for file in Path("out/huggingface").glob("*.safetensors")]
+        self.assertEqual(files, ["model.safetensors"])
         tokenizer = hf.AutoTokenizer.from_pretrained("out/huggingface")
         self.assertEqual(len(tokenizer), len(bpe))
         rng = random.Random(5)
@@ -3840,8 +3622,7 @@ class TestGPT1(Case):
             ids = bpe.encode(text, allow_special=True)
             self.assertEqual(tokenizer(text).input_ids, ids, repr(text))
             self.assertEqual(tokenizer.decode(ids), bpe.decode(ids), repr(text))
-        prompt = "The quick"
-        new = 12
+        prompt, new = "The quick", 12
         write = hf.pipeline("text-generation", "out/huggingface")
         written = write(prompt, do_sample=False, max_new_tokens=new)[0]["generated_text"]
         end = bpe.special_tokens["<|endoftext|>"]
@@ -3849,12 +3630,7 @@ class TestGPT1(Case):
         ours = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
         self.assertEqual(opened.config.eos_token_id, end)
         self.assertEqual(written, bpe.decode(ours))
-
-    def test_way_out_of_any_norm_and_bias(self):
-        """Not only of what training makes: beta of zeros, of a sum of 0, large biases."""
-        library("transformers")
-        model, _ = self.small_run()
-        norm, bias = model.decoders[-1].norm2, model.linear.bias
+        # not only of what training makes: beta of zeros, of a sum of 0, large biases
         for beta in (torch.zeros(32), torch.tensor([1.0, -1.0] * 16) * norm.weight.detach()):
             with torch.no_grad():
                 norm.bias.copy_(beta)
@@ -3871,10 +3647,8 @@ class TestGPT1(Case):
         def gelu(self, x):
             return self.dropout(self.contract(F.gelu(self.expand(x))))
 
-        with (
-            mock.patch.object(FeedForward, "forward", gelu),
-            self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo"),
-        ):
+        with (mock.patch.object(FeedForward, "forward", gelu),
+              self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo")):
             self.run_recipe(1)
         with torch.no_grad():
             model.decoders[-1].norm2.weight[3] = 0
@@ -3890,11 +3664,8 @@ class TestGPT1(Case):
         self.assertEqual(*([name for name, _ in some] for some in blocks))
         code, comments = [], []
         for some in blocks:
-            tokens = [
-                list(tokenize.generate_tokens(io.StringIO(block).readline))
-                for name, block in some
-                if name == "python"
-            ]
+            tokens = [list(tokenize.generate_tokens(io.StringIO(block).readline))
+                      for name, block in some if name == "python"]
             self.assertEqual(len(tokens), 2)
             tokens = [(token.type, token.string) for block in tokens for token in block]
             comments.append([string for kind, string in tokens if kind == tokenize.COMMENT])
