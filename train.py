@@ -616,20 +616,25 @@ next                  python sample.py
 
 
 def draw_losses(out: Path, rows: list[dict]) -> None:
-    """Draw both losses over tokens as loss.png."""
-    from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
+    """Draw both losses over tokens as loss.png, for white and for dark pages."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # unlike pyplot, without a state that others share
     tokens = [int(row["tokens"]) for row in rows]
     valid = [float(row["valid_loss"]) for row in rows]
     best = valid.index(min(valid))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(tokens, [float(row["train_loss"]) for row in rows], label="training")
-    axes.plot(tokens, valid, label="validation")
-    axes.plot(tokens[best], valid[best], "o", color="C1", label=f"best: {valid[best]:.3f}")
-    axes.set(xlabel="tokens seen", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=150)
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
+        figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(tokens, [float(row["train_loss"]) for row in rows],
+                  label="training, mean since the last validation")
+        axes.plot(tokens, valid, label="held-out text")
+        axes.plot(tokens[best], valid[best], "o", color="C1", label=f"best: {valid[best]:.3f}")
+        axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        axes.legend(framealpha=0)
+        figure.savefig(out / "loss.png", dpi=150, transparent=True)
     say(f"drawn: {Path(OUT_DIR, 'loss.png')}")
 
 
