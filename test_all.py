@@ -3995,6 +3995,45 @@ class Exercises(Case):
             MultiHeadAttention(H, E, D, 16, num_kv_heads=4)
 
 
+class Solutions(Case):
+    """assets/solutions/: applied to a copy, each makes its exercise's test green and no test red
+    that assets/exercises.md doesn't name; the edited model trains, resumes and writes."""
+
+    __test__ = False  # python test_all.py Solutions; some minutes
+
+    def solve(self, path):
+        shutil.copytree(HERE, "copy", ignore=shutil.ignore_patterns(".*", "out*", "__pycache__"))
+        os.chdir("copy")
+        git = ["git", "-c", "core.autocrlf=false", "apply", str(path)]
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+        def python(*arguments):
+            return subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                                  encoding="utf-8", check=False, env={
+                                      **os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""})
+
+        test = path.stem.split("-", 1)[1].replace("-", "_")
+        self.assertEqual(python("test_all.py", f"Exercises.test_{test}").returncode, 0)
+        page = (HERE / "assets/exercises.md").read_text("utf-8")
+        named = page.split(f"Exercises.test_{test}`")[1].split("\n\n")[0]
+        said = python("test_all.py", "Embeddings", "Attention", "FFN", "Decoder", "GPT").stdout
+        for test, name in re.findall(r"(?m)^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", said):
+            self.assertTrue(f"{name}.{test}" in named or f"{name}`" in named, f"{name}.{test}")
+        self.assertRegex(said, r"(?m)^\d+ passed")
+        run = python("-c", "import train, sample\ntrain.EMB_SIZE = 16; train.NUM_HEADS = 2\n"
+                     "train.HEAD_SIZE = 8; train.VOCAB_SIZE = 300; train.EVAL_EVERY = 2\n"
+                     "for train.MAX_STEPS in (2, 4): train.main()\n"
+                     "sample.MAX_NEW_TOKENS = 70; sample.main()")
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("resuming after step 2", run.stdout)
+
+
+for _path in sorted((HERE / "assets/solutions").glob("*.diff")):
+    setattr(Solutions, f"test_{_path.stem.replace('-', '_')}", unittest.skipUnless(
+        shutil.which("git"), "needs git")(lambda self, path=_path: self.solve(path)))
+
+
 def main(names):
     """Run the tests of these files, or all; 0 if nothing failed. A name may be a test's, too."""
     cases = {name: case for name, case in globals().items() if isinstance(case, type)
@@ -4014,7 +4053,7 @@ def main(names):
     for test, reason in result.skipped:
         print(f"skipped: {test} ({reason})")
     if not names:
-        print("not run: Exercises (python test_all.py Exercises; red until you solve them)")
+        print("not run: Exercises (red until you solve them), Solutions; each when it is named")
     print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
     return 0 if result.wasSuccessful() else 1
 
