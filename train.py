@@ -314,7 +314,8 @@ def changed_code(folder: Path, code: dict[str, bytes]) -> list[str]:
     """The names of the scripts that differ from those in the folder."""
     kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
     return [name for name in sorted({*kept, *code}) if not (
-        name in kept and name in code and meaning(kept[name], name) == meaning(code[name], name))]
+        name in kept and name in code and (
+            kept[name] == code[name] or meaning(kept[name], name) == meaning(code[name], name)))]
 
 
 def write_code(folder: Path, code: dict[str, bytes]) -> None:
