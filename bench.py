@@ -458,7 +458,7 @@ def transformers_write(model: torch.nn.Module, x: torch.Tensor, tokens: int) -> 
 
 def ctranslate2_writer(dtype: str, transformers, model: torch.nn.Module, folder: str,
                        V: int) -> Callable:
-    """CTranslate2 reads a transformers model from a folder, and wants a tokenizer in it."""
+    """CTranslate2 reads a transformers model from a folder, and needs a tokenizer in it."""
     from tokenizers import Tokenizer, models
 
     ctranslate2 = peer("ctranslate2")
@@ -578,10 +578,10 @@ def learn(text: str, settings: dict, path: str) -> dict:
     model = GPT(len(bpe), s["T"], s["E"], s["H"], s["E"] // s["H"], s["layers"], s["dropout"])
     held_out = Batches(GetData(valid, s["T"], stride=s["T"]), 64)
 
-    def on_eval(figures: dict) -> None:
-        curve.append({"step": figures["step"], "time": time.time(),
-                      "nats_per_byte": figures["valid_loss"] * per_byte})
-        if figures["best"]:
+    def on_eval(metrics: dict) -> None:
+        curve.append({"step": metrics["step"], "time": time.time(),
+                      "nats_per_byte": metrics["valid_loss"] * per_byte})
+        if metrics["best"]:
             model.save(path)
 
     model.fit(Batches(GetData(train, s["T"]), s["B"], seed=0), held_out, 1, s["rate"],
