@@ -3706,7 +3706,8 @@ class TestReadme(Case):
     PAGES = ("README", "assets/benchmarks", "assets/exercises", "assets/huggingface",
              "assets/questions", "assets/recipes")
     OF_A_RUN = ("out tokenizer.json model.pt checkpoint.pt metrics.csv loss.png train.npy "
-                "valid.npy text.sha256 my.txt my.npy tuned.pt my_tokenizer.json out-1 out-2").split()
+                "valid.npy text.sha256 my.txt my.npy tuned.pt my_tokenizer.json out-1 "
+                "out-2").split()
 
     def setUp(self):
         super().setUp()
