@@ -3316,11 +3316,14 @@ class TestBPE(Case):
         path, text = "text.txt", "aé中🚀 b"
         Path(path).write_bytes(text.encode())
         size = len(text.encode())
-        for cut in range(size + 1):
-            self.assertEqual("".join(read_text(path, 0, cut)) + "".join(read_text(path, cut)), text)
-        self.assertEqual("".join(read_text(path, 1, 2)), "é")
-        for start, stop in ((-1, 3), (3, 2), (0, size + 1)):
-            with self.assertSays(ValueError, "bytes", path):
+        for cut in range(len(text) + 1):
+            at = len(text[:cut].encode())
+            self.assertEqual("".join(read_text(path, 0, at)), text[:cut])
+            self.assertEqual("".join(read_text(path, at)), text[cut:])
+        self.assertEqual("".join(read_text(path, 1, 3)), "é")
+        self.assertEqual(list(read_text(path, 3, 1)) + list(read_text(path, size, size + 9)), [])
+        for start, stop, at in ((0, 2, 1), (2, 3, 2)):  # not between two characters
+            with self.assertSays(ValueError, f"byte {at} ", "UTF-8", path):
                 list(read_text(path, start, stop))
         for raw, at in (("ab".encode("utf-16"), 0), (b"abc\xff", 3), ("aé".encode("latin-1"), 1),
                         ("x🚀".encode()[:-1], 1), (b"a b " * 50 + b"\xc3(", 200),
