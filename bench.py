@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import train
 from BPE import BPE, GPT2_PATTERN
 from GetData import Batches, GetData
 from GPT import GPT, pick_dtype
@@ -45,7 +46,8 @@ from GPT import GPT, pick_dtype
 TEXT_FILE = None       # for the speedrun: tinyshakespeare.txt; None: it is left out
 RUSSIAN_FILE = None    # some megabytes of Russian (UTF-8), for the tokenizer; None: it is left out
 NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT; None: it is left out
-PARTS = ["tokenizer", "training", "generation", "memory", "speedrun"]  # remove what you don't want
+PARTS = ["tokenizer", "training", "generation", "memory", "scale",
+         "speedrun"]  # remove what you don't want
 ROUNDS = 5             # measured rounds; the median counts
 OUT_FILE = "assets/bench.json"
 
@@ -65,7 +67,7 @@ SPEEDRUNS = {
                          "B": 16, "E": 96, "H": 3, "layers": 2, "dropout": 0.0, "validations": 1},
     "nanoGPT's time": {"aim": 1.60, "steps": 1600, "rate": 3e-3, "warmup": 200, "V": 1024, "T": 64,
                        "B": 16, "E": 128, "H": 4, "layers": 4, "dropout": 0.0, "validations": 4},
-    "five minutes": {"aim": 1.4697, "steps": 2400, "rate": 3e-3, "warmup": 200, "V": 1024,
+    "five minutes": {"aim": 1.4697, "seconds": 300, "rate": 3e-3, "warmup": 200, "V": 1024,
                      "T": 64, "B": 16, "E": 160, "H": 5, "layers": 4, "dropout": 0.05,
                      "validations": 4},
 }
@@ -486,9 +488,9 @@ def memory() -> None:
     if not Path("/proc/self/status").exists():
         print("\nMemory: left out, there is no /proc here")
         return
-    rows = [{"process": "import torch and the scripts", "peak_mb": peaks("import bench")[0]},
+    rows = [{"process": "import torch and the scripts", "peak_mb": costs("import bench")[1]},
             {"process": f"fit, shape {TRAINING_SHAPES[-1]}",
-             "peak_mb": peaks(f"import bench\nbench.four_steps(*{TRAINING_SHAPES[-1]})")[0]}]
+             "peak_mb": costs(f"import bench\nbench.four_steps(*{TRAINING_SHAPES[-1]})")[1]}]
     V, T, E, H, layers, _ = GENERATION_SHAPES["GPT-1 size"]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.pt"
@@ -496,7 +498,7 @@ def memory() -> None:
         rows.append({"process": "(the file of the GPT-1 size model)",
                      "peak_mb": Path(path).stat().st_size / 1e6})
         for dtype in ("fp32", "bf16"):
-            own, _ = peaks("import bench, torch\nx = torch.ones(1, 8).long()\n"
+            _, own, _ = costs("import bench, torch\nx = torch.ones(1, 8).long()\n"
                            f"bench.GPT.load({path!r}, dtype={dtype!r}).generate(x, 32, True)")
             rows.append({"process": f"load and generate, GPT-1 size, {dtype}", "peak_mb": own})
         text = standard_library()
@@ -511,7 +513,7 @@ def memory() -> None:
                 (f"BPE.fit, {2 * megabytes:.0f} MB in an iterable",
                  f"text = open('{folder}/part.txt', encoding='utf-8', newline='').read()\n"
                  "BPE(8192).fit(text for _ in range(32))")):
-            own, worker = peaks(f"from BPE import BPE\n{code}")
+            _, own, worker = costs(f"from BPE import BPE\n{code}")
             rows += [{"process": f"{name}, without its workers", "peak_mb": own},
                      {"process": f"{name}, its largest worker", "peak_mb": worker}]
     RESULTS["memory"] = show("Memory: peak of the process, MB", rows)
@@ -522,13 +524,71 @@ def four_steps(V: int, T: int, B: int, E: int, H: int, layers: int) -> None:
     fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")()
 
 
-def peaks(code: str) -> list[float]:
-    """The largest memory of a new process that runs the code, and of its largest child, MB."""
-    shown = in_child(code + """
-import re, resource
+def costs(setup: str, work: str = "") -> tuple[float, float, float]:
+    """Of a new process: the seconds of `work`, its largest memory and its largest child's, MB."""
+    shown = in_child(f"""{setup}
+import re, resource, time
+start = time.perf_counter()
+{work}
+print(time.perf_counter() - start)
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)""")
-    return [rounded(int(kilobytes) / 1e3) for kilobytes in shown[-2:]]
+    seconds, own, child = map(float, shown[-3:])
+    return seconds, rounded(own / 1e3), rounded(child / 1e3)
+
+
+# ------------------------------------------------------------------ scale
+
+
+def scale() -> None:
+    """How time and memory of each step grow: the constants of train.py, one thing larger at a time.
+    Linux only."""
+    if not Path("/proc/self/status").exists():
+        print("\nScale: left out, there is no /proc here")
+        return
+    text, rows = standard_library(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for grown, size in (("", len(text) // 10), ("text x10", len(text))):
+            file = f"{folder}/{grown}"
+            Path(f"{file}.txt").write_bytes(text[:size].encode())
+            for step, work in (
+                    (f"tokenizer: fit, {len(text) / 1e7:.1f} MB",
+                     f"bpe.BPE({train.VOCAB_SIZE}).fit(bpe.read_text('{file}.txt')).save('{file}')"),
+                    ("tokenizer: encode_file",
+                     f"bpe.BPE.load('{file}').encode_file('{file}.txt', '{file}.npy')")):
+                seconds, own, worker = costs("import BPE as bpe", work)
+                rows.append({"step": step, "grown": grown, "seconds": seconds,
+                             "mb": max(own, worker)})
+        shape = {"T": train.MAX_SEQ_LEN, "B": train.BATCH_SIZE, "layers": train.NUM_LAYERS}
+        longer = {"T": 4 * shape["T"], "B": shape["B"] // 4}             # as many tokens in a batch
+        for grown, change in (("", {}), ("context x4", longer), ("text x10", {}),
+                              ("layers x4", {"layers": 4 * shape["layers"]})):
+            ids = f"{folder}/{grown if 'text' in grown else ''}.npy"
+            setup = f"import bench\nmodel, batches = bench.scaled({ids!r}, **{shape | change})"
+            for step, work in (
+                    ("train: 50,000 tokens", "bench.fit_steps(model, batches, 98, 'auto')()"),
+                    ("generate: 1,000 tokens", "bench.generate_thousand(model)")):
+                seconds, own, _ = costs(setup, work)
+                rows.append({"step": step, "grown": grown, "seconds": seconds, "mb": own})
+    rows.sort(key=lambda row: row["step"], reverse=True)
+    base = {row["step"]: row for row in rows if not row["grown"]}
+    for row in rows:
+        for key in ("seconds", "mb"):
+            row[f"x {key}"] = row[key] / base[row["step"]][key]
+    RESULTS["scale"] = show("Scale: one thing larger at a time", rows)
+
+
+def scaled(ids: str, T: int, B: int, layers: int) -> tuple[GPT, Batches]:
+    """A model as train.py makes it, and batches of the ids in a file."""
+    model = GPT(train.VOCAB_SIZE, T, train.EMB_SIZE, train.NUM_HEADS, train.HEAD_SIZE, layers, 0.0)
+    return model, Batches(GetData(np.load(ids, mmap_mode="r"), T), B, seed=0)
+
+
+def generate_thousand(model: GPT) -> None:
+    """As many windows as make 1,000 tokens: none is written with a full cache."""
+    T = model.sizes["max_seq_len"]
+    for _ in range(round(1000 / T)):
+        model.generate(torch.ones(1, 1).long(), T, do_sample=True)
 
 
 # ------------------------------------------------------------------ the speedrun
@@ -546,7 +606,7 @@ def speedrun() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in SPEEDRUNS.items():
             start = time.time()
-            call = f"bench.learn({text!r}, {settings!r}, {folder + '/model.pt'!r})"
+            call = f"bench.learn({text!r}, {settings!r}, {folder + '/model.pt'!r}, {start})"
             run = json.loads(in_child(f"import bench, json\nprint(json.dumps({call}))")[-1])
             best = min(point["nats_per_byte"] for point in run["curve"])
             row = {"run": name, "seconds": run["curve"][-1]["time"] - start, "nats_per_byte": best,
@@ -565,18 +625,26 @@ def speedrun() -> None:
     RESULTS["bf16_weights"] = show("Validation loss, nats per byte, by the weights' type", loads)
 
 
-def learn(text: str, settings: dict, path: str) -> dict:
-    """One run: text -> tokenizer -> ids -> fit -> model file. The curve holds points in time."""
+def learn(text: str, settings: dict, path: str, start: float) -> dict:
+    """One run: text -> tokenizer -> ids -> fit -> model file. The curve holds points in time. With
+    "seconds" in place of "steps" it takes the steps that, at the speed of a trial, fill them."""
     s, curve = settings, []
     data = Path(text).read_bytes()
     split = len(data) * 9 // 10
     bpe = BPE(s["V"]).fit(data[:split].decode(errors="ignore"))
-    train, valid = (np.array(bpe.encode(part.decode(errors="ignore")), dtype=np.uint16)
+    train_ids, valid = (np.array(bpe.encode(part.decode(errors="ignore")), dtype=np.uint16)
                     for part in (data[:split], data[split:]))
     per_byte = len(valid) / (len(data) - split)  # tokens
     torch.manual_seed(0)
-    model = GPT(len(bpe), s["T"], s["E"], s["H"], s["E"] // s["H"], s["layers"], s["dropout"])
+    sizes = (len(bpe), s["T"], s["E"], s["H"], s["E"] // s["H"], s["layers"], s["dropout"])
+    batches = Batches(GetData(train_ids, s["T"]), s["B"], seed=0)
     held_out = Batches(GetData(valid, s["T"], stride=s["T"]), 64)
+    if "seconds" in s:
+        begin = time.time()
+        fit_steps(GPT(*sizes), batches, 40, "auto")()
+        a_step = (time.time() - begin) / 40
+        s["steps"] = int(0.95 * (s["seconds"] - (time.time() - start)) / a_step)
+    model = GPT(*sizes)
 
     def on_eval(metrics: dict) -> None:
         curve.append({"step": metrics["step"], "time": time.time(),
@@ -584,7 +652,7 @@ def learn(text: str, settings: dict, path: str) -> dict:
         if metrics["best"]:
             model.save(path)
 
-    model.fit(Batches(GetData(train, s["T"]), s["B"], seed=0), held_out, 1, s["rate"],
+    model.fit(batches, held_out, 1, s["rate"],
               max_steps=s["steps"], warmup_steps=s["warmup"],
               eval_every=s["steps"] // s["validations"], on_eval=on_eval)
     by_dtype = {}
@@ -621,7 +689,7 @@ def nanogpt_recipe(text: str) -> dict:
 
 
 PART_FUNCTIONS = {"tokenizer": tokenizer, "training": training, "generation": generation,
-                  "memory": memory, "speedrun": speedrun}
+                  "memory": memory, "scale": scale, "speedrun": speedrun}
 
 
 if __name__ == "__main__":
