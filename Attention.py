@@ -2,12 +2,12 @@
 
     Attention(Q, K, V) = softmax( Q·Kᵀ / √D + M ) · V,   M[i, j] = 0 if j <= i, else -inf
 
-Every token asks a question (query), offers a label (key) and a content (value). A token's output
+Every token asks a question (query) and offers a label (key) and a content (value). Its output
 is the mean of the contents, weighted by how well each label answers its question (Vaswani et al.
 2017, section 3.2.1, equation 1). The mask M hides the future: token i sees the tokens 0 … i.
 Several heads ask different questions at once; a linear layer mixes their answers (section 3.2.2).
 
-Unlike GPT-1 there is no dropout on the weights, only on the output: the fused kernels stay usable.
+Unlike in GPT-1, dropout is on the output, not on the weights, so that fused kernels can be used.
 Does not know: layers, vocabulary, training. Needs: torch. Copy this file alone and it works.
 
 Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H num_heads,
@@ -41,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tu
 
 
 def causal_mask(T: int, S: int, like: Tensor) -> Tensor:
-    """M of the formula, (T, S), for the last T of S tokens: 0 up to the own position, then -inf.
+    """M of the formula, (T, S), for the last T of S tokens: 0 up to its own position, then -inf.
 
     >>> causal_mask(2, 3, like=torch.zeros(0))
     tensor([[0., 0., -inf],
@@ -51,7 +51,7 @@ def causal_mask(T: int, S: int, like: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values that one layer has seen, so that generation needn't compute them again.
+    """The keys and values that one layer has seen, so that generation doesn't recompute them.
 
     Allocated once, (B, H, max_seq_len, D) each; `length` of the positions are filled.
     """
@@ -93,7 +93,7 @@ class HeadAttention(nn.Module):
         self.qkv = nn.Linear(emb_size, 3 * self.num_heads * self.head_size)  # Q, K, V in one go
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, E) -> (B, T, H·D). With a cache: x are the T tokens after the cached ones.
+        """(B, T, E) -> (B, T, H·D). With a cache, x holds the T tokens after the cached ones.
 
         ValueError if the sequence, cached tokens included, is longer than max_seq_len.
 
@@ -105,7 +105,7 @@ class HeadAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H, T, D) -> (B, H, S, D), S = cached + T
         T, S = q.shape[-2], k.shape[-2]
         if torch.is_grad_enabled() and q.is_cpu and q.dtype == torch.bfloat16:
-            # torch's fused CPU kernel is slow backwards in bfloat16: the formula itself is faster
+            # torch's fused CPU kernel has a slow backward pass in bfloat16: the formula is faster
             out, _ = attention(q, k, v, causal_mask(T, S, like=q))
         elif T == S:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
@@ -115,7 +115,7 @@ class HeadAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H·D): heads side by side
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention weights, for looking at: (B, T, E) -> (B, H, T, T), rows sum to 1."""
+        """The attention weights, to look at: (B, T, E) -> (B, H, T, T), rows sum to 1."""
         q, k, v = self._project(x)
         return attention(q, k, v, causal_mask(x.shape[1], x.shape[1], like=q))[1]
 
@@ -171,10 +171,10 @@ def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) ->
     """Draw the weights of all heads of one layer, (H, T, T), side by side; labels: the T tokens."""
     try:
         from matplotlib import colors, rc_context
-        from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
+        from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
     except ImportError:
         return print("No picture: it needs matplotlib (pip install matplotlib)")
-    # Nothing behind the picture, grey text, no colour at 0: right on a white and on a dark page.
+    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
     blue = colors.LinearSegmentedColormap.from_list("", ["#2f81f700", "#2f81f7ff"])
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     columns = min(len(weights), 3)
@@ -189,8 +189,8 @@ def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) ->
             axes.set_xticks(range(len(labels)), labels, rotation=90, family="monospace")
             axes.set_yticks(range(len(labels)), labels, family="monospace")
         figure.suptitle(title)
-        figure.supxlabel("key: the token it looks at")
-        figure.supylabel("query: the token that looks")
+        figure.supxlabel("key: the token attended to")
+        figure.supylabel("query: the token that attends")
         figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
         figure.savefig(path, dpi=150, transparent=True)
     print(f"drawn: {path}")
@@ -203,11 +203,11 @@ def demo() -> None:
     x = 2.5 * torch.eye(len(names))[[names.index(word) for word in words]]  # (T, D), one-hot
     _, weights = attention(x, x, x, causal_mask(len(words), len(words), like=x))
     print("Who looks at whom, in percent? Query = key = the word itself, so each word finds its\n"
-          "like. A row sums to 100; right of the diagonal lies the future, which the mask hides.\n")
+          "equals. A row sums to 100; right of the diagonal is the future, which the mask hides.\n")
     print("      " + "".join(f"{word:>6}" for word in words))
     for t, (word, row) in enumerate(zip(words, weights, strict=True)):
         print(f"{word:>6}" + "".join(f"{100 * w:6.0f}" for w in row[: t + 1]))
-    print("\nA trained head makes its queries and keys from x with the matrices that it learned;\n"
+    print("\nA trained head makes its queries and keys from x with learned matrices;\n"
           "sample.py draws them: set PICTURES = True there.")
 
 

@@ -1,11 +1,11 @@
-"""Decoder: one block of the transformer, attention and feed-forward with a way around each.
+"""Decoder: a transformer block, attention and feed-forward, each with a residual connection.
 
     x = norm1(x + attention(x))
     x = norm2(x + ffn(x))
 
-Post-norm, as in GPT-1 and in the first transformer: sub-layer, add what came in, normalise
+Post-norm, as in GPT-1 and in the first transformer: sub-layer, add its input, normalise
 (Vaswani et al. 2017, section 3.1; Radford et al. 2018, section 4.1). GPT-2 moved the norm before
-the sub-layer, which trains more easily; why the residual `x +` is needed at all: run this file.
+the sub-layer, which trains more easily. Run this file to see why the residual `x +` is needed.
 
 Does not know: how a sub-layer works inside. Needs: torch, Attention.py, FFN.py.
 """
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self.norm2 = nn.LayerNorm(emb_size)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, E) -> (B, T, E). With a cache, x are the tokens that come after the cached ones.
+        """(B, T, E) -> (B, T, E). With a cache, x holds the tokens after the cached ones.
 
         >>> block = Decoder(num_heads=2, emb_size=8, head_size=4, max_seq_len=16)
         >>> block(torch.zeros(3, 5, 8)).shape
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
 
 
 def first_layer_gradient(num_blocks: int, residual: bool = True, norm: bool = True) -> float:
-    """The gradient norm at the first block's FFN in a stack of blocks, made with or without parts.
+    """The gradient norm at the first block's FFN in a stack of blocks, with or without parts.
 
     >>> first_layer_gradient(12) > 0.01
     True
@@ -72,9 +72,9 @@ def demo() -> None:
         added = first_layer_gradient(num_blocks, residual=True, norm=False)
         block = first_layer_gradient(num_blocks)
         print(f"  {num_blocks:2d}     {alone:8.1e}     {added:8.1e}   {block:8.1e}")
-    print("\nf(x) alone passes on a part of the signal, layer after layer, until nothing is left:\n"
-          "it vanishes. The sum passes on all of it. (The norm keeps the signal's size, too, but\n"
-          "alone it could only scale up what is left of x; the sum hands x itself through.)")
+    print("\nf(x) alone passes on only part of the signal, layer after layer, until it vanishes.\n"
+          "The sum passes on all of it. (The norm keeps the signal's size, too, but alone it\n"
+          "could only scale up what is left of x; the sum passes on x itself.)")
 
 
 if __name__ == "__main__":

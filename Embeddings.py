@@ -2,8 +2,8 @@
 
     x = TokenEmbedding[id] + PositionalEmbedding[position]
 
-A network computes with vectors, not with ids, so each id of the vocabulary owns one learned row of
-E numbers. Attention sees a *set* of vectors, so each position owns a learned row as well; GPT.py
+A network computes with vectors, not with ids, so each id of the vocabulary has one learned row of
+E numbers. Attention sees a *set* of vectors, so each position has a learned row as well; GPT.py
 adds the two (Radford et al. 2018, section 3.1, equation 2: h0 = U·We + Wp).
 
 Does not know: text, files, attention. Needs: torch. Copy this file alone and it works.
@@ -31,7 +31,7 @@ class TokenEmbeddings(nn.Module):
                                       whole_number("emb_size", emb_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """ids (B, T), int64 or int32 -> vectors (B, T, E). ValueError for ids outside of 0 … V-1.
+        """ids (B, T), int64 or int32 -> vectors (B, T, E). ValueError for ids outside 0 … V-1.
 
         >>> TokenEmbeddings(vocab_size=10, emb_size=4)(torch.tensor([[1, 2, 1]])).shape
         torch.Size([1, 3, 4])
@@ -40,7 +40,7 @@ class TokenEmbeddings(nn.Module):
             raise ValueError(f"ids of dtype {x.dtype}: token ids are whole numbers; use x.long()")
         try:
             return self.embedding(x)  # (B, T) -> (B, T, E)
-        except IndexError:  # costs nothing while all is well; on a GPU check_ids has to come first
+        except IndexError:  # free as long as the ids are right; on a GPU check_ids must come first
             check_ids(x, self.embedding.num_embeddings)
             raise
 
@@ -60,7 +60,7 @@ class PositionalEmbeddings(nn.Module):
     def forward(self, seq_len: int, start: int = 0) -> Tensor:
         """The vectors of the positions start … start+seq_len-1: (T, E).
 
-        ValueError if one of them lies outside of 0 … max_seq_len-1.
+        ValueError if one of them is outside 0 … max_seq_len-1.
 
         >>> PositionalEmbeddings(max_seq_len=8, emb_size=4)(seq_len=3, start=5).shape
         torch.Size([3, 4])
@@ -83,9 +83,9 @@ def whole_number(name: str, value: int, at_least: int = 1) -> int:
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """The ids as int64. ValueError for no ids, and for ids that the vocabulary doesn't have."""
+    """The ids as int64. ValueError if there are none, or some are not in the vocabulary."""
     if ids.numel() == 0:
-        raise ValueError(f"a batch of shape {tuple(ids.shape)}: there must be a token in it")
+        raise ValueError(f"a batch of shape {tuple(ids.shape)}: it must have at least one token")
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids of dtype {ids.dtype}: token ids are whole numbers; use x.long()")
     ids = ids.long()
@@ -97,13 +97,13 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def draw_similarity(vectors: Tensor, path: str) -> None:
-    """Draw how alike the vectors of any two positions are (cosine, -1 … 1). vectors: (T, E)."""
+    """Draw how similar the vectors of any two positions are (cosine, -1 … 1). vectors: (T, E)."""
     try:
         from matplotlib import colors, rc_context
-        from matplotlib.figure import Figure  # which, unlike pyplot, asks for no display
+        from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
     except ImportError:
         return print("No picture: it needs matplotlib (pip install matplotlib)")
-    # Nothing behind the picture, grey text, no colour at 0: right on a white and on a dark page.
+    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
     ends = ["#d73a49ff", "#80808000", "#2f81f7ff"]  # -1, 0, 1
     red_blue = colors.LinearSegmentedColormap.from_list("", ends)
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

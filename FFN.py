@@ -1,10 +1,10 @@
-"""FFN: the feed-forward network, where each token thinks for itself.
+"""FFN: the feed-forward network, which processes each token on its own.
 
     FFN(x) = dropout( W2 · max(0, W1 · x + b1) + b2 ),   E -> 4E -> E
 
 Attention mixes tokens; this works on each token alone, with the same weights for all of them
-(Vaswani et al. 2017, section 3.3, equation 2; the four-fold width is theirs, too). ReLU is the
-original's; GPT-1 took GELU, one of the exercises.
+(Vaswani et al. 2017, section 3.3, equation 2; the fourfold width is theirs, too). They used ReLU;
+GPT-1 used GELU, which is one of the exercises.
 
 Does not know: positions, heads, other tokens. Needs: torch. Copy this file alone and it works.
 """
@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, E), each token alone.
+        """(B, T, E) -> (B, T, E), each token on its own.
 
         >>> FeedForward(emb_size=8)(torch.zeros(2, 5, 8)).shape
         torch.Size([2, 5, 8])
@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
 
 
 def demo() -> None:
-    """Show that the network of one hidden layer bends a line, and that tokens stay apart."""
+    """Show that one hidden layer learns a bent line."""
     torch.manual_seed(0)
     ffn = FeedForward(emb_size=1, dropout=0.0)
     optimizer = torch.optim.Adam(ffn.parameters(), lr=0.05)

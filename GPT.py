@@ -6,8 +6,8 @@
     loss   = mean over all positions of -log softmax(logits)[next token]
 
 That is GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training",
-section 3.1, equations 1 and 2), with three deviations: ReLU in place of GELU, a last layer of its
-own in place of the reused token table, and no dropout on the attention weights.
+section 3.1, equations 1 and 2), with three deviations: ReLU instead of GELU, a separate last
+layer instead of the reused token table, and no dropout on the attention weights.
 
 Does not know: text, bytes, tokenizer, data files, signals. Needs: torch, tqdm, Embeddings.py,
 Decoder.py (and with it Attention.py and FFN.py).
@@ -67,12 +67,12 @@ class GPT(nn.Module):
         self.linear = nn.Linear(emb_size, vocab_size)
         sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "emb_size": emb_size,
                  "num_heads": num_heads, "head_size": head_size, "num_layers": num_layers}
-        # The constructor's arguments, as plain numbers: save() keeps them, load() builds with them.
+        # The constructor's arguments, as plain numbers: save() stores them, load() uses them.
         self.sizes = {name: int(size) for name, size in sizes.items()} | {"dropout": float(dropout)}
         self.notes: dict = {}  # plain values that travel with the weights: save() keeps them
         self.stop_training = False  # set it, from anywhere, and fit stops after the current step
-        # GPT-1, section 4.1, has N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768. Held
-        # fixed, 0.02 is too small for narrow models: on text, 8 layers of E=128 were stuck with it.
+        # GPT-1, section 4.1, uses N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768. A
+        # fixed 0.02 is too small for narrow models: 8 layers of E=128 got stuck with it on text.
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -92,12 +92,12 @@ class GPT(nn.Module):
     def hidden(self, x: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """All but the last layer: ids (B, T) -> (B, T, E).
 
-        With a cache (from new_cache), x are the tokens after the cached ones, and are added to it.
-        ValueError if the tokens, cached ones included, are more than max_seq_len.
+        With a cache (from new_cache), x holds the tokens after the cached ones, and is added to it.
+        ValueError if the tokens, cached ones included, exceed max_seq_len.
         """
         if x.dim() != 2:
-            raise ValueError(f"ids of shape {tuple(x.shape)}: give (B, T); of one row, ids[None]")
-        start = max(layer.length for layer in cache) if cache else 0  # a block may not use its own
+            raise ValueError(f"ids of shape {tuple(x.shape)}: give (B, T); for one row, ids[None]")
+        start = max(layer.length for layer in cache) if cache else 0  # some block may ignore it
         h = self.token_embeddings(x) + self.positional_embeddings(x.shape[1], start)
         h = self.dropout(h)
         for n, decoder in enumerate(self.decoders):
@@ -121,11 +121,11 @@ class GPT(nn.Module):
         do_sample=False takes the likeliest token each time (greedy). Otherwise a token is drawn:
         temperature: below 1 safer, above 1 bolder, 0 greedy. top_k: only from the k likeliest.
         top_p: only from the likeliest that together have the probability p (Holtzman et al. 2019),
-        of what top_k left. generator: makes the draw reproducible and leaves the global one alone.
+        among what top_k left. generator: for a reproducible draw; the global one stays untouched.
         stop_token: finished rows are padded with it; stops when all have finished.
-        use_cache=False computes everything again at each step: slow, and the same but for rounding.
+        use_cache=False recomputes everything at each step: slow, and the same except for rounding.
         Beyond max_seq_len only the last max_seq_len tokens are seen. ValueError for arguments out
-        of range, an empty or wrong prompt, and a model whose logits are no longer finite.
+        of range, an empty or invalid prompt, and a model whose logits are no longer finite.
         """
         steps = self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
                             stop_token=stop_token, use_cache=use_cache, generator=generator)
@@ -135,10 +135,10 @@ class GPT(nn.Module):
                top_k: int | None = None, top_p: float | None = None, *,
                stop_token: int | None = None, use_cache: bool = True,
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """As generate, but yields the next ids, (B,), as soon as they are there."""
+        """Like generate, but yields each step's ids, (B,), as soon as they are ready."""
         if not isinstance(x, Tensor) or x.dim() != 2 or x.numel() == 0 or x.dtype != torch.int64:
             got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row and token")
+            raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row, one token")
         check_ids(x, self.sizes["vocab_size"])
         whole_number("max_new_tokens", max_new_tokens, at_least=0)
         whole_number("top_k", 1 if top_k is None else top_k)
@@ -174,9 +174,9 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------ training
 
     def make_optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        """What fit trains with, and the one place for another optimizer; any of torch's will do.
+        """What fit trains with; the one place to change the optimizer. Any of torch's will do.
 
-        fit moves each group's rate along the schedule, in proportion to what it is here.
+        fit moves each group's rate along the schedule, in proportion to its value here.
         AdamW: Loshchilov and Hutter 2019; no decay of biases and norms, as in GPT-1, section 4.1;
         betas: small batches are noisy (train.py: 1.69 bits per byte with 0.99, 1.71 with 0.95).
         """
@@ -209,12 +209,12 @@ class GPT(nn.Module):
         train_loader, valid_loader: iterables of (x, y), ids (B, T) each, y the token after x.
         num_epochs: passes over train_loader; max_steps, if given, ends training instead.
         learning_rate: the peak of learning_rate_at, or a function step -> rate. warmup_steps: None:
-        10 % of the run, 100 at least; half of it at most. weight_decay: see make_optimizer.
+        10 % of the run, at least 100; never more than half. weight_decay: see make_optimizer.
         grad_clip: the largest norm of the gradient. accumulate: batches in a step. eval_every:
         steps between validations; each epoch ends with one, too. dtype: "fp32", "bf16" (autocast;
         the weights stay fp32) or "auto". compile: use torch.compile, if that works here.
-        checkpoint: a file, written at each validation; if it exists, training resumes from it, to
-        the bit in fp32 on the CPU (within an epoch if train_loader has batch(k), as Batches has;
+        checkpoint: a file, written at each validation; if it exists, training resumes from it, bit
+        for bit in fp32 on the CPU (within an epoch if train_loader has batch(k), as Batches has;
         otherwise from the last epoch's end). Arguments that differ from the file's are printed.
         on_eval: called at each validation, before the checkpoint, with a dict: step, tokens,
         train_loss, valid_loss, best (True: none was lower), learning_rate, tokens_per_second.
@@ -235,7 +235,7 @@ class GPT(nn.Module):
                             max_steps=max_steps, warmup_steps=warmup_steps, grad_clip=grad_clip,
                             accumulate=accumulate, eval_every=eval_every, dtype=dtype, ranks=ranks)
         run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
-               "train_losses": [], "valid_losses": []}  # all that counts for resuming
+               "train_losses": [], "valid_losses": []}  # all that resuming needs
         if checkpoint is not None:
             resume(checkpoint, self, optimizer, settings, run)
         net, (stop,) = None, sum_over_ranks(self.device, self.stop_training)
@@ -243,7 +243,7 @@ class GPT(nn.Module):
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
                    disable=None if rank == 0 else True)  # None: only on a terminal
         clock, tokens_before = time.perf_counter(), run["tokens"]
-        self.zero_grad()  # whatever was left there, by an interrupted step, say
+        self.zero_grad()  # whatever an interrupted step, say, left there
         with bar, in_mode(self.modules(), train=True):
             while run["step"] < total_steps and not stop:
                 # batch
@@ -266,7 +266,7 @@ class GPT(nn.Module):
                     raise FloatingPointError(
                         f"step {run['step'] + 1}: loss {train_loss}, gradient norm {norm}; the "
                         f"weights are those of step {run['step']}. Lower the learning rate, "
-                        f"lengthen the warm-up, look at the data")
+                        f"lengthen the warm-up, or check the data")
                 # step
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate / peak * rate_at(run["step"])
@@ -303,7 +303,7 @@ class GPT(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write weights, constructor arguments and notes to one file. OSError if it fails;
-        ValueError, naming the key, for a note that couldn't be read again."""
+        ValueError, naming the key, for a note that couldn't be read back."""
         write_file(path, {"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
                           "weights": self.state_dict()})
 
@@ -330,7 +330,7 @@ class GPT(nn.Module):
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         if model.device.type == "cpu" and dtype == "fp32":
             for layer in filter(lambda module: type(module) is nn.Linear, model.modules()):
-                # The same matrix, column after column in memory: for one token at a time, at
+                # The same matrix, column by column in memory: for one token at a time, at
                 # GPT-1's size, 1.2 times as fast.
                 layer.weight.data = layer.weight.data.t().contiguous().t()
         return model
@@ -346,7 +346,7 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     >>> next_token(torch.tensor([[0.0, 5.0, 1.0]]), temperature=0, top_k=None, top_p=None)
     tensor([1])
     """
-    if not logits.amax(dim=-1).isfinite().all():  # NaN counts as the greatest
+    if not logits.amax(dim=-1).isfinite().all():  # to amax, NaN is the largest
         raise ValueError("the model's logits are not finite numbers: its weights are damaged, or "
                          "training diverged; load an earlier checkpoint or lower the learning rate")
     if temperature == 0:
@@ -356,8 +356,8 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     p = logits.softmax(dim=-1)
-    # An exponential race: of times t[i] = e[i] / p[i], e exponentially distributed, t[i] is the
-    # smallest with the probability p[i]. torch.multinomial does the same behind slower checks.
+    # An exponential race: if e is exponentially distributed, t[i] = e[i] / p[i] is the smallest t
+    # with probability p[i]. torch.multinomial does the same after slower checks.
     e = torch.empty_like(p).exponential_(generator=generator)
     return ids.gather(1, (p / e).argmax(dim=-1, keepdim=True))[:, 0]  # (B, K) -> (B,)
 
@@ -372,13 +372,13 @@ def keep_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Best first (B, K) -> the same, -inf behind the first few that have probability p together.
+    """Best first (B, K) -> the same, -inf after the first few that together have probability p.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), p=0.6).exp()
     tensor([[0.5000, 0.3000, 0.0000]])
     """
     probabilities = logits.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the better ones have already
+    before = probabilities.cumsum(dim=-1) - probabilities  # that of all better ones
     return logits.masked_fill(before >= p, -math.inf)
 
 
@@ -419,15 +419,15 @@ def count_steps(loader: Iterable, num_epochs: int, accumulate: int, max_steps: i
     try:
         steps = int(num_epochs) * -(-len(loader) // accumulate)
     except TypeError:
-        raise ValueError("max_steps=None: a train_loader without a length needs one") from None
+        raise ValueError("max_steps=None: set it, as the train_loader has no length") from None
     if steps == 0:
-        raise ValueError("the train_loader has no batch: give it more text or smaller batches")
+        raise ValueError("the train_loader is empty: give it more text or smaller batches")
     return steps
 
 
 def step_batches(loader: Iterable, epoch: int, first: int,
                  accumulate: int) -> Iterator[tuple[list[tuple[Tensor, Tensor]], bool]]:
-    """From batch `first` of an epoch on, without end: the batches of one step, and whether they
+    """From batch `first` of an epoch on, endlessly: the batches of one step, and whether they
     end the epoch. No step crosses epochs; the last of an epoch may have fewer batches."""
     while True:
         if hasattr(loader, "batch"):
@@ -451,7 +451,7 @@ def wrap(model: GPT, compile: bool, batch: tuple[Tensor, Tensor], dtype: str) ->
     if compile:
         try:
             net = torch.compile(model)
-            with fork_rng(gpus(model)):  # the trial uses up no random number
+            with fork_rng(gpus(model)):  # the trial must use up no random numbers
                 model.loss(*batch, dtype, net).backward()
         except Exception as error:  # whatever a compiler may throw
             net, why = model, (str(error) or type(error).__name__).splitlines()[0]
@@ -484,12 +484,12 @@ def evaluate(model: GPT, valid_loader: Iterable, dtype: str, run: dict) -> dict:
 
 
 def pick_device(device: str = "auto") -> str:
-    """"auto": cuda, mps or cpu, the first that is there. ValueError for a device that isn't."""
+    """"auto": the first available of cuda, mps, cpu. ValueError for a device that isn't."""
     if device == "auto":
         return ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
+        torch.zeros(1, device=device).item()  # "meta" holds no values
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f'DEVICE={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
@@ -511,7 +511,7 @@ def pick_dtype(device: torch.device, dtype: str = "auto") -> str:
 
 @contextmanager
 def in_mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
-    """Switch to train or eval mode, and back to what each module was in."""
+    """Switch to train or eval mode, then back to the mode that each module was in."""
     others = [module for module in modules if module.training != train]
     for module in others:
         module.training = train
@@ -523,7 +523,7 @@ def in_mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
 
 
 def gpus(model: nn.Module) -> list[torch.device]:
-    """The CUDA device that the model is on, as a list, as torch likes it; else an empty one."""
+    """The CUDA device that the model is on, as the list that torch wants; else an empty one."""
     return [model.device] if model.device.type == "cuda" else []
 
 
@@ -546,7 +546,7 @@ def check_number(name: str, value: float, zero: bool = False, infinite: bool = F
     """The value as a float. ValueError unless it is above 0 (or 0, or infinite, where allowed)."""
     if not (isinstance(value, Real) and (value > 0 or zero and value == 0)
             and (value < math.inf or infinite)):
-        raise ValueError(f"{name}={value!r}: pick a number {'from 0 on' if zero else 'above 0'}")
+        raise ValueError(f"{name}={value!r}: pick a number {'of 0 or more' if zero else 'above 0'}")
     return float(value)
 
 
@@ -554,7 +554,7 @@ def check_number(name: str, value: float, zero: bool = False, infinite: bool = F
 
 
 def describe(model: GPT, optimizer: torch.optim.Optimizer, **arguments: object) -> dict[str, str]:
-    """What a run is made with, as text to compare: sizes, fit's arguments, the optimizer."""
+    """What defines a run, as text to compare: sizes, fit's arguments, the optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -586,7 +586,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
                           "settings": settings, "ranks": states,
                           "run": {key: run[key] for key in run if key[:5] != "loss_"}})
     if ranks > 1:
-        dist.barrier()  # nobody looks for the file before it is there
+        dist.barrier()  # no rank looks for the file before it exists
 
 
 def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
@@ -595,20 +595,20 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
 
     ValueError, before anything is changed, if the file is damaged or its weights don't fit.
     """
-    Path(f"{os.fspath(path)}.tmp").unlink(missing_ok=True)  # of a save that was killed
+    Path(f"{os.fspath(path)}.tmp").unlink(missing_ok=True)  # left by a killed save
     if not Path(path).exists():
         return
     saved, rank = read_file(path), process_rank()[0]
     if "optimizer" not in saved:
-        raise ValueError(f"{path}: has no state of the training, only a model, so it can't be "
-                         f"resumed; give another name as the checkpoint")
+        raise ValueError(f"{path}: holds only a model, no training state, so it can't be "
+                         f"resumed; give the checkpoint another name")
     check_weights(path, saved, model)
     was = saved["settings"]
     changed = [key for key in was | settings if was.get(key) != settings.get(key)]
     said = [f"{key} {settings.get(key)} (was {was.get(key)})"[:120] for key in changed]
     model.load_state_dict(saved["weights"])
     if any(key.startswith(("optimizer", "parameters")) for key in changed):
-        said.append("a fresh state of the optimizer")
+        said.append("a fresh optimizer state")
     else:
         load_optimizer(optimizer, saved["optimizer"], changed)
     if said and rank == 0:
@@ -622,14 +622,14 @@ def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, changed: list[str]) -> None:
-    """The state exactly as saved; so are the groups, in which an optimizer may count, but for the
+    """Load the state exactly as saved, and the groups (in which an optimizer may count) except for
     hyperparameters that were changed."""
     now = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for n, (group, fresh) in enumerate(zip(optimizer.param_groups, now, strict=True)):
         group.update({key: fresh[key] for key in fresh if f"{key} of group {n}" in changed})
-    # torch casts what it loads to the parameter's type, and its fused kernels take for granted that
-    # it lies in memory as the parameter does.
+    # torch casts what it loads to the parameter's type, and its fused kernels assume that it has
+    # the parameter's memory layout.
     for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for key, value in saved["state"].get(n, {}).items():
             if isinstance(value, Tensor):
@@ -656,7 +656,7 @@ def write_file(path: str | os.PathLike, content: dict) -> None:
 
 
 def check_plain(value: object, name: str = "") -> None:
-    """ValueError, by key, for what read_file couldn't read again."""
+    """ValueError, naming the key, for what read_file couldn't read back."""
     if type(value) in (dict, OrderedDict):
         for key in value:
             check_plain(key, f"{name}: the key {key!r}")
@@ -666,7 +666,7 @@ def check_plain(value: object, name: str = "") -> None:
             check_plain(item, f"{name}[{n}]")
     elif not isinstance(value, Tensor) and type(value) not in PLAIN:
         raise ValueError(f"{name} is a {type(value).__name__} ({value!r:.99}), which couldn't be "
-                         f"read again: use Python's own types, float(x) or str(path), or a tensor")
+                         f"read back: use Python's own types, float(x) or str(path), or a tensor")
 
 
 def read_file(path: str | os.PathLike) -> dict:
@@ -676,7 +676,7 @@ def read_file(path: str | os.PathLike) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"its part {damaged} is not as written")
+                raise ValueError(f"its part {damaged} is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen kinds on a broken file
         raise ValueError(f"{path}: damaged, or not a model file ({error!s:.300}); use another copy "
@@ -701,7 +701,7 @@ def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
 
 
 def demo() -> None:
-    """A tiny model learns a language of numbers, and continues it."""
+    """A tiny model learns a language of numbers and continues it."""
     torch.manual_seed(0)
     shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # of steps of +1, +2, +3, +4, modulo 20
     best = -(shares * shares.log()).sum().item()
@@ -712,7 +712,7 @@ def demo() -> None:
                 dropout=0.0)
     print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4\n"
           f"an eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}, a perfect\n"
-          f"predictor {best:.2f}; what is left then is chance, which nobody can learn.\n")
+          f"predictor {best:.2f}; what remains is chance, which nothing learns.\n")
     model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20,
               on_eval=lambda m: print(f"  step {m['step']:3d}   loss {m['valid_loss']:.2f}  "
                                       + "#" * round(20 * m["valid_loss"])))

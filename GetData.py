@@ -1,8 +1,8 @@
-"""GetData: a long run of token ids -> windows (x, y) to learn from.
+"""GetData: a long sequence of token ids -> windows (x, y) to learn from.
 
     x = data[i : i+T],   y = data[i+1 : i+T+1]
 
-The target of every position is simply the next token, so one window of T tokens is T exercises at
+The target of every position is simply the next token, so one window of T tokens is T examples at
 once (Radford et al. 2018, section 3.1, equation 1). GetData cuts windows, Batches shuffles them
 into batches. An array or a memmap is never copied whole: an .npy of any size is read window by
 window.
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 class GetData(Dataset):
     """All windows of seq_len tokens whose targets exist.
 
-    data: 1-D run of ids: a list, a numpy array or memmap, or a tensor.
+    data: a 1-D sequence of ids: a list, a numpy array or memmap, or a tensor.
     seq_len: T, tokens in a window. device: where x and y are put.
     stride: window i begins at i·stride; 1 gives every window, seq_len gives each token once.
 
@@ -39,25 +39,25 @@ class GetData(Dataset):
             data = np.asarray(data, dtype=np.int64 if len(data) == 0 else None)
         if data.ndim != 1 or data.dtype.kind not in "iu":
             raise ValueError(
-                f"data of shape {data.shape} and type {data.dtype}: it must be one run of whole "
-                f"numbers, shape (n,); encode the text first"
+                f"data of shape {data.shape} and type {data.dtype}: it must be one sequence of "
+                f"whole numbers, shape (n,); encode the text first"
             )
         if len(data) < seq_len + 1:
             raise ValueError(
-                f"{len(data)} tokens of data, but one window takes seq_len + 1 = {seq_len + 1}: "
+                f"{len(data)} tokens of data, but one window needs seq_len + 1 = {seq_len + 1}: "
                 f"use more text or a smaller seq_len"
             )
         self.data, self.seq_len, self.device, self.stride = data, seq_len, device, stride
 
     def __getstate__(self) -> dict:
-        """What a worker process of a DataLoader gets: of a memory-mapped file where the data lie in
+        """What a DataLoader's worker process gets: for a memory-mapped file, where the data is in
         it, not the data. The worker opens it again."""
         data = root = self.data
         while isinstance(root.base, np.ndarray):  # a slice's base is what it was cut from
             root = root.base
         if (not isinstance(root, np.memmap) or root.filename is None or root.mode == "c"
                 or not data.flags.c_contiguous):
-            return vars(self)  # not, or not as it is, in a file
+            return vars(self)  # not in a file, or not in this form
         place = root.offset + data.ctypes.data - root.ctypes.data  # in the file, slices too
         return vars(self) | {"data": (root.filename, data.dtype, "r", place, len(data))}
 
@@ -70,14 +70,14 @@ class GetData(Dataset):
         return (len(self.data) - self.seq_len - 1) // self.stride + 1
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Window i: x and y, int64, (T,) each. IndexError outside of 0 … len-1 (or -len … -1)."""
+        """Window i: x and y, int64, (T,) each. IndexError outside 0 … len-1 (or -len … -1)."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"window {i}: there are {len(self)}")
         x, y = self.windows(np.array([i % len(self)]))
         return x[0], y[0]
 
     def windows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The windows of those indices, cut out in one step: x and y, int64, (B, T) each."""
+        """The windows at these indices, cut out in one step: x and y, int64, (B, T) each."""
         starts = np.asarray(indices, dtype=np.int64) * self.stride
         rows = self.data[starts[:, None] + np.arange(self.seq_len + 1)]  # (B, T + 1)
         rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)
@@ -93,7 +93,7 @@ class Batches:
     order, the last batch may be shorter.
 
     rank of ranks: this process's share of every batch, for training on several processes.
-    ValueError if batch_size can't be shared out evenly.
+    ValueError if batch_size can't be divided evenly.
     """
 
     def __init__(self, dataset: GetData, batch_size: int, seed: int | None = None,
@@ -112,7 +112,7 @@ class Batches:
         return (self.batch(k) for k in range(len(self)))
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
-        """Batch k; with a seed, k may pass len(self): then the windows are shuffled again."""
+        """Batch k; with a seed, k may exceed len(self): then the windows are shuffled again."""
         n = len(self.dataset)
         indices = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.rank :: self.ranks]
         if self.seed is None:
@@ -132,11 +132,11 @@ def whole_number(name: str, value: int) -> int:
 
 
 def shuffled(indices: np.ndarray, n: int, seed: int, key: int) -> np.ndarray:
-    """Where a shuffle of 0 … n-1, number `key` of that seed, puts these indices.
+    """Where shuffle number `key` of 0 … n-1, with this seed, puts these indices.
 
     The shuffle is computed, not stored: ten billion windows need no table of 80 GB. A Feistel
     network of 6 rounds (Luby and Rackoff 1988) permutes the numbers below the next power of 4;
-    what lands outside of 0 … n-1 goes through again ("cycle walking", Black and Rogaway 2002).
+    what lands outside 0 … n-1 goes through again ("cycle walking", Black and Rogaway 2002).
 
     >>> sorted(shuffled(np.arange(5), n=5, seed=0, key=0).tolist())
     [0, 1, 2, 3, 4]
@@ -158,7 +158,7 @@ def shuffled(indices: np.ndarray, n: int, seed: int, key: int) -> np.ndarray:
 
 
 def demo() -> None:
-    """Print the windows of a tiny run of ids and the order in which training sees them."""
+    """Print the windows of a short sequence of ids and the order in which training sees them."""
     data = list(range(100, 110))
     dataset = GetData(data, seq_len=4)
     print(f"data: {data}\n{len(dataset)} windows of 4 tokens; y is x one step later:\n")
