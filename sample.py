@@ -23,13 +23,13 @@ from GPT import GPT, pick_device, whole_number
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
 PROMPT = ""            # how the text begins; "": as the training texts begin
-NUM_SAMPLES = 1        # continuations of the prompt, made side by side
-MAX_NEW_TOKENS = 300   # the length of each, in tokens; it may end earlier, where a document would
-TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: more daring
+NUM_SAMPLES = 1        # continuations of the prompt, generated in parallel
+MAX_NEW_TOKENS = 300   # the most tokens in each; it may end earlier, where a document would
+TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: bolder
 TOP_K = 50             # draw from the k likeliest tokens only; None: from all of them
-TOP_P = 0.95           # draw from the likeliest that have this probability together; None: from all
-SEED = 1337            # another seed, another text; None: another text each time
-DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
+TOP_P = 0.95           # draw from the likeliest that together have this probability; None: from all
+SEED = 1337            # another seed gives another text; None: a new text each time
+DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is available
 PICTURES = False       # True: draw the tokens and the attention of PROMPT, and the positions
 # ------------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def main() -> None:
     out = Path(OUT_DIR)
     for file in (out / "model.pt", out / "tokenizer.json"):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: run python train.py first, or set "
+            raise FileNotFoundError(f"{file} is missing: run python train.py first, or set "
                                     f"OUT_DIR to the folder of a finished run")
     samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
     if SEED is not None:
@@ -52,7 +52,7 @@ def main() -> None:
         raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} "
                          f"was trained with: put the right one there, or train from scratch")
     if changed := changed_code(out / "code"):
-        print(f"{', '.join(changed)}: changed since the training; as it was: {out / 'code'}",
+        print(f"{', '.join(changed)}: changed since training; the old code: {out / 'code'}",
               file=sys.stderr)
     bpe = BPE.load(out / "tokenizer.json")
     end_token = bpe.special_tokens[END]
@@ -65,7 +65,7 @@ def main() -> None:
     steps = model.stream(x, MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K, TOP_P, stop_token=end_token,
                          generator=generator)
     rows = [[] for _ in range(samples)]  # the new tokens of each sample
-    whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half of one
+    whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back partial ones
     started = time.perf_counter()
     try:
         print(prompt, end="", flush=True)
@@ -101,8 +101,8 @@ def changed_code(folder: Path) -> list[str]:
 
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
     """Draw the tokens, the layer with the sharpest attention to them, and the positions."""
-    ids = ids[: min(48, model.sizes["max_seq_len"])]  # more can't be read
-    labels, layers = [bpe.show([i]) for i in ids], []  # of layers: weights (H, T, T)
+    ids = ids[: min(48, model.sizes["max_seq_len"])]  # more would be unreadable
+    labels, layers = [bpe.show([i]) for i in ids], []  # layers: each one's weights (H, T, T)
 
     def attention() -> None:
         for decoder in model.decoders:
@@ -112,7 +112,7 @@ def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
             model.hidden(torch.tensor([ids], device=model.device))
         sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
         draw_attention(layers[sharpest], labels, str(out / "attention.png"),
-                       f"Layer {sharpest + 1} of {len(layers)}, the sharpest of them")
+                       f"Layer {sharpest + 1} of {len(layers)}, with the sharpest attention")
 
     def positions() -> None:
         vectors = model.positional_embeddings.embedding.weight.detach().cpu()  # (T, E)
@@ -130,7 +130,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:  # python sample.py | head: nobody reads on
+    except BrokenPipeError:  # python sample.py | head: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""train.py: from a text to a GPT that writes such text. Edit the constants, then: python train.py
+"""train.py: from a text to a GPT that writes like it. Edit the constants, then: python train.py
 
 It holds back the end of the text, trains a tokenizer on the rest, trains the model, validates it on
 the held-out part as it goes, and prints a sample. Stop it whenever you like (Ctrl-C, a power cut):
@@ -44,8 +44,8 @@ from GPT import (
 # ------------------------------------------------------------------------------------------------
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
 OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, metrics, code
-RESUME = "auto"        # "auto": resume what was interrupted, start from scratch where a constant or
-                       # the text changed; True: resume whatever changed; False: from scratch.
+RESUME = "auto"        # "auto": resume an interrupted run, start from scratch if a constant or the
+                       # text changed; True: resume whatever changed; False: from scratch.
                        # Starting from scratch keeps the old folder, as out-1, out-2, …
 
 VOCAB_SIZE = 2048      # V: tokens the tokenizer learns; at least 257; more for more text
@@ -54,7 +54,7 @@ EMB_SIZE = 192         # E: width of the model; more learns more and costs E² t
 NUM_HEADS = 6          # H: attention heads in a layer
 HEAD_SIZE = 32         # D: width of a head; H·D is usually E
 NUM_LAYERS = 3         # decoder blocks, one after another
-DROPOUT = 0.0          # share of activations dropped in training, against learning by heart; here
+DROPOUT = 0.0          # share of activations dropped in training, against memorising the text; here
                        # WEIGHT_DECAY does that better, and in five sixths of the time
 
 BATCH_SIZE = 8         # windows of T tokens in a batch, over all processes
@@ -65,12 +65,12 @@ WARMUP_STEPS = 120     # steps up to the peak, half of all at most; with too few
                        # rate, a deep post-norm model only learns how frequent each token is
 WEIGHT_DECAY = 1.0     # pull of the weight matrices towards 0; 0.1 for a text that is read once or
                        # twice (this one is read five times: 1.71 bits per byte, 1.74 with 0.1)
-EVAL_EVERY = 200       # steps between validations; at most so many are lost in a power cut
-EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread (so it takes 5 % of
-                       # the time at the values here); None: all of them
+EVAL_EVERY = 200       # steps between validations; a power cut loses at most this many
+EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread (5 % of the time
+                       # with the values here); None: all of them
 
 SEED = 1337            # of initial weights, dropout and the order of the windows
-DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is there
+DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is available
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 COMPILE = False        # True: torch.compile; pays on long runs, needs a C++ compiler
 # ------------------------------------------------------------------------------------------------
@@ -101,15 +101,15 @@ def main() -> None:
         model.notes = {"settings": ready["settings"], "device": device.type,
                        "tokenizer_sha256": sha256(out / "tokenizer.json"),
                        "start": how_texts_begin(train_ids, bpe)}
-        torch.manual_seed(SEED + rank)  # every process drops other activations
+        torch.manual_seed(SEED + rank)  # every process drops different activations
         train = Batches(GetData(train_ids, MAX_SEQ_LEN), BATCH_SIZE, SEED, rank, ranks)
         stride = max(MAX_SEQ_LEN, len(valid_ids) * MAX_SEQ_LEN // (EVAL_TOKENS or len(valid_ids)))
         valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None,
                         rank, ranks)
-        rows = model.notes["metrics"] = ready["rows"]  # kept in the checkpoint: they agree with it
+        rows = model.notes["metrics"] = ready["rows"]  # kept in the checkpoint, so the two agree
         before = float(rows[-1]["seconds"]) if rows else 0.0
         if rank == 0:
-            if rows:  # of a metrics.csv that is ahead of the checkpoint, lost or edited: as it was
+            if rows:  # restores a metrics.csv that is ahead of the checkpoint, lost or edited
                 write_metrics(out, rows, ready["code"], bpe, locks)
             describe(model, f"{dtype}, processes: {ranks}", ready, len(train_ids), len(valid_ids))
 
@@ -160,8 +160,8 @@ def check_constants() -> dict:
     if BATCH_SIZE % RANKS:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {RANKS} processes: pick a multiple of that")
     if not (block := CONSTANTS.search(SOURCE)):
-        raise ValueError(f"{FILE}: put the two lines of dashes around the constants back; what "
-                         f"stands between them makes a run")
+        raise ValueError(f"{FILE}: put the two lines of dashes around the constants back; the "
+                         f"constants between them define the run")
     names = [node.id for node in ast.walk(ast.parse(block[0]))
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     return {name: plain(here[name]) for name in names
@@ -170,7 +170,7 @@ def check_constants() -> dict:
 
 
 def plain(value: object) -> bool | int | float | str | None:
-    """A constant as a value that is the same in the next process: a function is its source."""
+    """A constant as a value that is the same in the next process: of a function, its source."""
     if type(value) in (bool, int, str, type(None)) or type(value) is float and value == value:
         return value
     with suppress(TypeError, OSError):
@@ -189,7 +189,7 @@ def find_documents() -> list[Path] | list[bytes]:
             from pydoc_data.topics import topics
         except ImportError:
             raise ValueError("this Python comes without pydoc_data.topics, the default text: set "
-                             "DATA_FILE to a text file of yours") from None
+                             "DATA_FILE to your own text file") from None
         return [topics[name].encode() for name in sorted(topics)]
     one = isinstance(DATA_FILE, (str, os.PathLike))
     if not one and not isinstance(DATA_FILE, (list, tuple)):
@@ -218,7 +218,7 @@ def blocks(document: Path | bytes, start: int = 0) -> Iterator[bytes]:
 
 
 def sha256(*documents: Path | bytes) -> str:
-    """The same for the same bytes, wherever the files lie."""
+    """A hash of the contents, wherever the files are."""
     digest = hashlib.sha256()
     for document in documents:
         for block in blocks(document):
@@ -228,7 +228,7 @@ def sha256(*documents: Path | bytes) -> str:
 
 
 def split_point(documents: list[Path] | list[bytes]) -> int:
-    """How many bytes, of all documents in a row, are for training: 90 %, to the end of a line."""
+    """How many bytes of all documents together are for training: 90 %, to the end of a line."""
     total = sum(map(size, documents))
     before = 0
     for document in documents:
@@ -245,7 +245,7 @@ def split_point(documents: list[Path] | list[bytes]) -> int:
 
 def pieces(documents: list[Path] | list[bytes], start: int, stop: int,
            end_token: int | None = None) -> Iterator[str | int]:
-    """The text of bytes start … stop of all documents in a row, with end_token between two."""
+    """The text of bytes start … stop of all documents together, with end_token between two."""
     before = 0
     for document in documents:
         first, last = max(start - before, 0), min(stop - before, size(document))
@@ -258,9 +258,9 @@ def pieces(documents: list[Path] | list[bytes], start: int, stop: int,
 
 
 def how_texts_begin(train_ids: np.ndarray, bpe: BPE) -> list[int]:
-    """What stands before the text that the model writes without a prompt: the token between two
-    documents if it was seen often enough to be learned, else the one that most lines end with, else
-    (no lines) the first of the text."""
+    """The token before a text that the model writes without a prompt: the one between documents if
+    it was seen often enough to be learned, else the one that most lines end with, else (no lines)
+    the first of the text."""
     counts = np.bincount(train_ids[:1_000_000], minlength=len(bpe))
     end = bpe.special_tokens[END]
     line = max((i for i in range(len(bpe)) if i != end and bpe.decode_bytes([i])[-1:] == b"\n"),
@@ -276,8 +276,8 @@ CONSTANTS = re.compile(rb"(?ms)^# -{50,}\r?$.*?^# -{50,}\r?$")
 
 
 def scripts() -> dict[str, bytes]:
-    """The sources of this script and of all modules from its folder that it imports, or they
-    import, by file name, as they were when they were imported."""
+    """The sources of this script and of all modules from its folder that it imports, directly or
+    not, by file name, as they were when imported."""
     finder = ModuleFinder([str(FILE.parent)])
     finder.run_script(str(FILE))
     found = {FILE.name: SOURCE}
@@ -299,7 +299,7 @@ def meaning(source: bytes, name: str) -> str:
     block = CONSTANTS.search(source) if name == FILE.name else None
     try:
         tree = ast.parse(source.replace(block[0], b"") if block else source)
-    except (SyntaxError, ValueError):  # cut off, say
+    except (SyntaxError, ValueError):  # truncated, say
         return repr(source)
     tree.body += [node for node in ast.parse(block[0] if block else b"").body
                   if not isinstance(node, (ast.Assign, ast.AnnAssign))]
@@ -330,7 +330,7 @@ def write_code(folder: Path, code: dict[str, bytes]) -> None:
 
 def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
     """Lock OUT_DIR, decide what to do with the run in it, and do it; None: that run is finished.
-    All that is new is made in a folder inside of OUT_DIR and takes its place last."""
+    Everything new is made in a folder inside OUT_DIR and moved into place last."""
     documents, code, new = find_documents(), scripts(), out / "new.tmp"
     settings["DATA"] = sha256(*documents)
     for name in code:
@@ -350,8 +350,8 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
     if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
         raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}) and can't be renamed to "
                          f"keep it: it is a mount point, or the scripts, the text or the current "
-                         f"folder lie in it. Set OUT_DIR to another folder, or to one inside of it")
-    shutil.rmtree(new, ignore_errors=True)  # of a preparation that was killed
+                         f"folder are in it. Set OUT_DIR to another folder, or to one inside it")
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed preparation
     try:
         with about_out_dir("can't be written"):
             new.mkdir()
@@ -367,7 +367,7 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
             lock(out, locks)
             new = aside / new.name
         if made := list(new.iterdir()):
-            (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids are of
+            (out / "text.sha256").unlink(missing_ok=True)  # says which text the ids come from
             for path in made:
                 if path.is_dir():
                     shutil.rmtree(out / path.name, ignore_errors=True)
@@ -385,36 +385,36 @@ def decide(out: Path, settings: dict, code: dict[str, bytes]) -> tuple[dict | No
     """The checkpoint to resume from, or None; and why the run in OUT_DIR must make room, or ""."""
     if not (out / "checkpoint.pt").exists():
         if (out / "tokenizer.json").exists() and not (out / "model.pt").exists():
-            say(f"{OUT_DIR}: stopped before its first checkpoint: starts from scratch")
+            say(f"{OUT_DIR}: stopped before its first checkpoint: starting from scratch")
         return None, "a model without its checkpoint.pt" if (out / "model.pt").exists() else ""
     if RESUME is False:
         return None, "RESUME = False"
     try:
         saved = read_file(out / "checkpoint.pt")
         if "run" not in saved:
-            raise ValueError(f"{out / 'checkpoint.pt'} is a model without its training's state")
+            raise ValueError(f"{out / 'checkpoint.pt'} holds no training state, only a model")
     except ValueError as error:
         raise ValueError(f"{error}. Put the checkpoint back, or set RESUME = False to start from "
                          f"scratch") from None
     was, files = saved["notes"].get("settings", {}), changed_code(out / "code", code)
     names = [name for name in {**settings, **was} if settings.get(name) != was.get(name)]
-    what = ", ".join([*(f"other {name}: {was.get(name)} -> {settings.get(name)}" for name in names
-                        if name != "DATA"), *["another text (DATA_FILE)"] * ("DATA" in names),
-                      *(f"other code: {file}" for file in files)])
+    what = ", ".join([*(f"{name}: {was.get(name)} -> {settings.get(name)}" for name in names
+                        if name != "DATA"), *["a different text (DATA_FILE)"] * ("DATA" in names),
+                      *(f"edited code: {file}" for file in files)])
     raised = names == ["MAX_STEPS"] and MAX_STEPS > was["MAX_STEPS"]
     if RESUME is True:
         if what:
-            say(f"RESUME = True: {OUT_DIR} is resumed, though: {what}")
+            say(f"RESUME = True: {OUT_DIR} is resumed despite the changes: {what}")
     elif names and not raised or files and saved["run"]["step"] >= MAX_STEPS:
         return None, what
     elif files:
         raise ValueError(
-            f"{OUT_DIR} holds an unfinished run, and since it began: {what}. Set RESUME = True to "
-            f"resume it with the code as it is now, or RESUME = False to start from scratch and "
-            f"keep it under another name; the code that it began with is in {out / 'code'}")
+            f"{OUT_DIR} holds an unfinished run; changed since then: {what}. Set RESUME = True "
+            f"to resume it with the current code, or RESUME = False to start from scratch and keep "
+            f"it under another name; the code that it started with is in {out / 'code'}")
     elif raised:
         say(f"MAX_STEPS is raised from {was['MAX_STEPS']} to {MAX_STEPS}; the learning rate "
-            f"follows the new, longer cosine from here on")
+            f"follows the new, longer schedule from here on")
     return saved, ""
 
 
@@ -425,7 +425,7 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
     if saved:
         tokenizer, ids = out / "tokenizer.json", [out / "train.npy", out / "valid.npy"]
         if not tokenizer.exists() or sha256(tokenizer) != saved["notes"].get("tokenizer_sha256"):
-            raise ValueError(f"{tokenizer} is not the tokenizer of the run in {OUT_DIR}: put it "
+            raise ValueError(f"{tokenizer} is not the tokenizer of the run in {OUT_DIR}: put that "
                              f"back, or set RESUME = False to start from scratch")
         text = out / "text.sha256"
         if all(file.exists() for file in (*ids, text)) and text.read_text() == data:
@@ -445,12 +445,12 @@ def prepare(out: Path, new: Path, documents: list[Path] | list[bytes], data: str
               for name, start, stop in (("train.npy", 0, split), ("valid.npy", split, total))]
     if min(tokens) < MAX_SEQ_LEN + 1:
         raise ValueError(
-            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window takes "
+            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
             f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller MAX_SEQ_LEN")
 
 
 def lock(folder: Path, locks: ExitStack) -> None:
-    """Lock a folder until this main() ends, or this process, however it ends."""
+    """Lock a folder until this main() or the process ends, however it ends."""
     try:
         import fcntl
         fcntl.flock(locks.enter_context(open(folder / ".lock", "w")),
@@ -464,7 +464,7 @@ def lock(folder: Path, locks: ExitStack) -> None:
 
 @contextmanager
 def about_out_dir(what: str) -> Iterator[None]:
-    """An OSError says what is wrong with OUT_DIR and what to do."""
+    """Make an OSError say what is wrong with OUT_DIR and what to do."""
     try:
         yield
     except OSError as error:
@@ -474,7 +474,7 @@ def about_out_dir(what: str) -> Iterator[None]:
 
 def write_metrics(out: Path, rows: list[dict], code: dict[str, bytes], bpe: BPE,
                   locks: ExitStack) -> None:
-    """Write metrics.csv; and the rest, in case somebody removed the folder meanwhile."""
+    """Write metrics.csv, and the rest in case somebody has removed the folder."""
     with about_out_dir("can't be written"):
         if not out.exists():
             out.mkdir(parents=True)
@@ -496,7 +496,7 @@ RANKS = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 
 
 def own_device(name: str) -> torch.device:
-    """The device of this process: of several processes on a machine with GPUs each has its own."""
+    """This process's device: of several processes on a machine with GPUs, each has its own GPU."""
     device = torch.device(pick_device(str(name)))
     if RANKS > 1 and device.type == "cuda":
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -511,14 +511,14 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DistributedDataParallel imports this; imported with a group, its functions hold the group for
-    # good, and its threads, still there when Python ends, at times abort the process.
+    # DistributedDataParallel imports this. Imported while a group exists, its functions keep the
+    # group alive, whose threads sometimes abort the process when Python exits.
     from torch.distributed.nn import functional  # noqa: F401
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=1))  # the others wait while rank 0 encodes
     try:
         yield dist.get_rank(), dist.get_world_size()
-    except SystemExit:  # stopped by a signal; at an error torchrun ends the others
+    except SystemExit:  # stopped by a signal; on an error torchrun ends the others
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -533,7 +533,7 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
         stopped.append(number)
         model.stop_training = True
         signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # print may be in use just now
+        with suppress(OSError):  # print may be in use right now
             os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
     main_thread = threading.current_thread() is threading.main_thread()  # only it has handlers
@@ -546,17 +546,17 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------ what there is to see
+# ------------------------------------------------------------------ output
 
 
 def say(text: str) -> None:
-    """Print. That nobody can read it ends no training."""
+    """Print. If nobody can read it, training continues."""
     try:
         print(text, flush=True)
     except UnicodeEncodeError:
         code = sys.stdout.encoding
         print(text.encode(code, "replace").decode(code), flush=True)
-    except (OSError, ValueError):  # python train.py | head: nobody reads on
+    except (OSError, ValueError):  # python train.py | head: the reader is gone
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -570,9 +570,9 @@ def describe(model: GPT, how: str, ready: dict, train_tokens: int, valid_tokens:
         f"{MAX_STEPS:,} steps: {MAX_STEPS * step:,} tokens: {passes:.2g} passes over the text")
     if passes < 1:
         say(f"Most of the text is never read; one pass takes MAX_STEPS = {train_tokens // step:,}. "
-            f"With so much text a larger model pays, too (EMB_SIZE, NUM_LAYERS, VOCAB_SIZE).")
+            f"With so much text a larger model also pays off (EMB_SIZE, NUM_LAYERS, VOCAB_SIZE).")
     if ready["step"]:
-        began = f"; it began on {ready['device']}" * (ready["device"] != model.device.type)
+        began = f"; it started on {ready['device']}" * (ready["device"] != model.device.type)
         say(f"resuming after step {ready['step']} of {MAX_STEPS}{began}")
 
 
@@ -591,12 +591,12 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
         where = (f"everything is in {Path(OUT_DIR, 'checkpoint.pt')}. To resume"
                  if (out / "checkpoint.pt").exists() else "before the first step. To start again")
         say(f"\nstopped; {where}: {how}")
-        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was told to
+        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))  # or another rank was stopped
     report(rows)
     for extra in (draw_losses, print_sample):
         try:
             extra(out, rows)
-        except Exception as error:  # no picture is worth a run
+        except Exception as error:  # a failed picture must not end a run
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
 
@@ -617,9 +617,9 @@ next                  python sample.py
 
 
 def draw_losses(out: Path, rows: list[dict]) -> None:
-    """Draw both losses over tokens as loss.png, for white and for dark pages."""
+    """Draw both losses over tokens as loss.png, for white and dark pages."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # unlike pyplot, without a state that others share
+    from matplotlib.figure import Figure  # unlike pyplot, it has no global state
     tokens = [int(row["tokens"]) for row in rows]
     valid = [float(row["valid_loss"]) for row in rows]
     best = valid.index(min(valid))
