@@ -1,12 +1,12 @@
-"""bench.py: how fast, how small and how good it is, beside others on the same machine.
+"""bench.py: how fast, how small and how good it is, compared with others on the same machine.
 
 Set the constants, then: python bench.py. It prints a table for each part and writes all numbers,
-with the machine they come from, to assets/bench.json; the READMEs take every number from there.
+with a description of the machine, to assets/bench.json, which the pages take their numbers from.
 
-Every peer that is installed (pip install tokenizers tiktoken rustbpe transformers ctranslate2) adds
-its row, measured in turn with ours: A B A B, a round unmeasured, the median of the others. Seconds
-depend on the machine and on what else it does; ratios within one table are what to look at. While
-other programs keep the cores busy, the environment variable OMP_WAIT_POLICY=PASSIVE helps a lot.
+Every installed peer (pip install tokenizers tiktoken rustbpe transformers ctranslate2) adds a row,
+measured in turn with ours: A B A B, one unmeasured round, then the median of the others. Seconds
+depend on the machine and its load; look at the ratios within one table. While other programs keep
+the cores busy, the environment variable OMP_WAIT_POLICY=PASSIVE helps a lot.
 
 Needs: torch, numpy, tqdm, and the scripts beside it. On two cores all parts take about 25 minutes.
 """
@@ -121,7 +121,7 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 0,
             summary: Callable[[list[float]], float] = statistics.median,
             pause: float = 0.0) -> dict[str, float]:
     """Seconds each function takes: median over rounds of A B A B, after one unmeasured round.
-    pause: seconds before each call; idle threads of another process still spin for a while."""
+    pause: seconds before each call, as idle threads of another process spin for a while."""
     seconds = {name: [] for name in functions}
     for n in range(1 + (rounds or ROUNDS)):
         for name, function in functions.items():
@@ -165,7 +165,7 @@ def compared(labels: dict, seconds: dict[str, float], unit: str, amount: float) 
 
 
 def peer(name: str) -> object | None:
-    """The module, or None, and then it says so."""
+    """The module, or None with a message."""
     if name == "nanoGPT":
         if NANOGPT_DIR is None:
             print("nanoGPT: left out, NANOGPT_DIR is None")
@@ -194,8 +194,8 @@ def in_child(code: str) -> list[str]:
 
 
 def tokenizer() -> None:
-    """Train and encode, beside the Rust libraries, on the source of Python's standard library and
-    on Russian. lines: how long the code is that does it, where it is Python that can be read."""
+    """Train and encode, compared with Rust libraries, on the source of Python's standard library
+    and on Russian. lines: the length of the code, where it is Python that can be read."""
     python = standard_library()
     rows = [row for size, V in TOKENIZER_SHAPES
             for row in fit_beside("Python", python[: round(size * 1e6)], V)]
@@ -231,7 +231,7 @@ def encode_beside(name: str, text: str, V: int) -> list[dict]:
         file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
         bpe.save(file)
         source.write_bytes(text.encode())
-        # They have met no word yet; in_turn calls each of the two runs 1 + ROUNDS times.
+        # They have seen no words yet; in_turn calls each of the two runs 1 + ROUNDS times.
         cold = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
         runs = {"ours, freshly loaded": lambda: cold.pop().encode(text),
                 "ours encode_file, freshly loaded":
@@ -258,8 +258,8 @@ def encode_beside(name: str, text: str, V: int) -> list[dict]:
 
 
 def russian() -> str:
-    """RUSSIAN_FILE, and five copies of it with the letters of the alphabet exchanged: new words as
-    long and as frequent as the old ones, as a larger text would bring them."""
+    """RUSSIAN_FILE, and five copies of it with the letters of the alphabet permuted: new words as
+    long and as frequent as the old ones, like those of a larger text."""
     text = Path(RUSSIAN_FILE).read_bytes().decode()
     letters = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
     copies = [text]
@@ -271,7 +271,7 @@ def russian() -> str:
 
 
 def standard_library() -> str:
-    """The .py files of the running Python's standard library, some 31 MB, one behind the other."""
+    """The .py files of the running Python's standard library, about 31 MB, concatenated."""
     texts, root = [], Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if "site-packages" not in path.parts:
@@ -304,7 +304,7 @@ def transformers_model(module, V: int, T: int, E: int, H: int, layers: int) -> t
 
 
 def training() -> None:
-    """fit, beside nanoGPT's training loop or the same loop around transformers' GPT-2."""
+    """fit, compared with nanoGPT's training loop or the same loop around transformers' GPT-2."""
     nanogpt = peer("nanoGPT")
     transformers = None if nanogpt else peer("transformers")
     rows = []
@@ -337,7 +337,7 @@ def training() -> None:
 
 
 def fit_steps(model: GPT, batches: Batches, steps: int, dtype: str) -> Callable[[], object]:
-    """fit for so many steps; clipping, fused AdamW and a validation of one token included."""
+    """fit for this many steps; clipping, fused AdamW and a validation of one token included."""
     valid = [(torch.zeros(1, 1).long(),) * 2]
     return lambda: model.fit(batches, valid, 1, 1e-4, max_steps=steps, dtype=dtype)
 
@@ -409,8 +409,8 @@ def generation() -> None:
 
 @contextlib.contextmanager
 def writer_process(name: str, shape: tuple):
-    """A process for one model alone, as thread pools of different libraries disturb each other.
-    Gives a function of batch, length of the prompt and new tokens that has them written."""
+    """A process for one model alone, as the thread pools of different libraries interfere. Yields
+    a function (batch, prompt length, new tokens) that makes the model generate them."""
     code = f"import bench; bench.NANOGPT_DIR = {NANOGPT_DIR!r}; bench.serve({name!r}, {shape})"
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
             [sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, bufsize=1,
@@ -560,7 +560,7 @@ def scale() -> None:
                 rows.append({"step": step, "grown": grown, "seconds": seconds,
                              "mb": max(own, worker)})
         shape = {"T": train.MAX_SEQ_LEN, "B": train.BATCH_SIZE, "layers": train.NUM_LAYERS}
-        longer = {"T": 4 * shape["T"], "B": shape["B"] // 4}             # as many tokens in a batch
+        longer = {"T": 4 * shape["T"], "B": shape["B"] // 4}  # as many tokens in a batch
         for grown, change in (("", {}), ("context x4", longer), ("text x10", {}),
                               ("layers x4", {"layers": 4 * shape["layers"]})):
             ids = f"{folder}/{grown if 'text' in grown else ''}.npy"
@@ -585,7 +585,7 @@ def scaled(ids: str, T: int, B: int, layers: int) -> tuple[GPT, Batches]:
 
 
 def generate_thousand(model: GPT) -> None:
-    """As many windows as make 1,000 tokens: none is written with a full cache."""
+    """As many windows as make 1,000 tokens, so that no token is generated with a full cache."""
     T = model.sizes["max_seq_len"]
     for _ in range(round(1000 / T)):
         model.generate(torch.ones(1, 1).long(), T, do_sample=True)
@@ -627,7 +627,7 @@ def speedrun() -> None:
 
 def learn(text: str, settings: dict, path: str, start: float) -> dict:
     """One run: text -> tokenizer -> ids -> fit -> model file. The curve holds points in time. With
-    "seconds" in place of "steps" it takes the steps that, at the speed of a trial, fill them."""
+    "seconds" in place of "steps", it takes as many steps as fill them at the speed of a trial."""
     s, curve = settings, []
     data = Path(text).read_bytes()
     split = len(data) * 9 // 10

@@ -1,8 +1,8 @@
 """test_all.py: python test_all.py runs every test; python test_all.py Attention those of one file.
 
-Needs nothing beyond torch, numpy and tqdm: no network, no GPU, no data. Peers that are installed
-(tiktoken, tokenizers, rustbpe, transformers) are compared with; where they are not, those tests
-say "skipped". Each class tests one file against an independent implementation: torch's own layers,
+Needs nothing beyond torch, numpy and tqdm: no network, no GPU, no data. Comparisons with tiktoken,
+tokenizers, rustbpe and transformers run if these are installed; otherwise those tests say
+"skipped". Each class tests one file against an independent implementation: torch's own layers,
 brute force, a ten-line textbook version. Plain pytest runs the same tests.
 
 The tests see what a user sees: arguments, results, files, messages, signals, processes, hooks of
@@ -75,7 +75,7 @@ MODULES = (*LEAVES, "Decoder", "GPT", "train", "sample")
 
 
 class Case(unittest.TestCase):
-    """A test in an empty folder of its own, with fixed seeds and quiet progress bars; dtype="auto"
+    """A test in its own empty folder, with fixed seeds and quiet progress bars; dtype="auto"
     is fp32 in it, whatever the CPU, since oracles are exact."""
 
     def setUp(self):
@@ -94,7 +94,7 @@ class Case(unittest.TestCase):
         self.assertLessEqual(error, tolerance, f"largest difference {error:.2e}")
 
     def assertSame(self, a, b, where=""):
-        """Equal to the bit, however deep."""
+        """Equal bit for bit, however deeply nested."""
         self.assertIs(type(a), type(b), where)
         if isinstance(a, dict):
             self.assertEqual(a.keys(), b.keys(), where)
@@ -169,7 +169,7 @@ def shuffling_loader(n=4):
 
 
 class Still(GPT):
-    """Trains with an optimizer of its own, which keeps the gradients and changes no weight."""
+    """Trains with its own optimizer, which keeps the gradients and changes no weight."""
 
     def make_optimizer(self, learning_rate, weight_decay):
         grads = self.grads = []
@@ -188,7 +188,7 @@ SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4,
 
 
 class TestBadInput(Case):
-    """What is out of range is a ValueError that has the value, the rule and the remedy."""
+    """Anything out of range is a ValueError with the value, the rule and the remedy."""
 
     def test_sizes(self):
         for cls, names in (
@@ -559,7 +559,7 @@ class TestGPTGenerate(Case):
                 break
         self.assertNotEqual(min(ends), max(ends))
         ended = model.generate(x, 12, False, stop_token=stop)
-        self.assertEqual(ended.shape[1], max(ends) + 1)  # when nobody is left it ends
+        self.assertEqual(ended.shape[1], max(ends) + 1)  # it ends when all have finished
         for row, expected, end in zip(ended.tolist(), free.tolist(), ends, strict=True):
             self.assertEqual(row, expected[: end + 1] + [stop] * (max(ends) - end))
         alone = model.generate(x[:1], 12, False, stop_token=stop)
@@ -599,7 +599,7 @@ class TestGPTGenerate(Case):
             return self.contract(self.expand(x).square())
 
         for cls, forward in (
-            (FeedForward, square),  # whoever edits a file
+            (FeedForward, square),  # as if a file were edited
             (nn.Linear, lambda self, x: x @ self.weight.T + 1),
             (nn.Dropout, lambda self, x: x * 2),
             (nn.LayerNorm, lambda self, x: x / 2),
@@ -627,7 +627,7 @@ class TestGPTGenerate(Case):
         model.decoders[0] = torch.compile(block, backend="eager")
         self.assertTrue(torch.equal(model.generate(x, 8, False), before))
         model.decoders[0] = block
-        ffn.forward = lambda x: forward(x) * 3  # one module's alone, and it holds on to self
+        ffn.forward = lambda x: forward(x) * 3  # of one module only, bound to self
         edited = model.generate(x, 8, False)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))  # no dropout drew
         self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
@@ -712,7 +712,7 @@ class TestGPTFit(Case):
         return model, losses
 
     def test_twelve_layers_learn(self):
-        # the second half of a row repeats the first: who finds out needs 1.7 nats, not 3.7
+        # the second half of a row repeats the first: once learned, 1.7 nats instead of 3.7
         torch.manual_seed(1)
         rows = torch.randint(40, (100, 16, 8)).repeat(1, 1, 2)
         batches = [(row[:, :-1], row[:, 1:]) for row in rows]
@@ -739,7 +739,7 @@ class TestGPTFit(Case):
                     p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8))
         for ours, theirs, (_, v) in zip(model.parameters(), copied.parameters(), state,
                                         strict=True):
-            real = v.sqrt() > 1e-5  # a key's bias has no gradient but noise, which Adam blows up
+            real = v.sqrt() > 1e-5  # a key's bias has only noise as gradient, which Adam amplifies
             self.assertClose(ours[real], theirs[real], 1e-4)  # a step moves weights by 1e-2
 
     def test_losses_are_what_they_say(self):
@@ -863,7 +863,7 @@ class TestGPTFit(Case):
         for able in ("avx512_bf16", "amx_bf16"):
             with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
                 self.assertEqual(pick_dtype(cpu), "bf16")
-        for native in (True, False):  # emulated it would be slow
+        for native in (True, False):  # when emulated, it is slow
             with mock.patch("torch.cuda.is_bf16_supported",
                             lambda including_emulation=True: including_emulation or native):  # noqa: B023
                 self.assertEqual(pick_dtype(cuda), "bf16" if native else "fp32")
@@ -970,7 +970,7 @@ class TestGPTFit(Case):
 
 
 class TrainedCase(Case):
-    """Runs in which everything counts that a checkpoint must hold."""
+    """Runs to which everything that a checkpoint must hold matters."""
 
     STEPS = 9
 
@@ -983,7 +983,7 @@ class TrainedCase(Case):
 
         def before_step(optimizer, *_):
             run.rates.append([group["lr"] for group in optimizer.param_groups])
-            if len(run.rates) == stop_after:  # as a signal would, while that step runs
+            if len(run.rates) == stop_after:  # as a signal would during that step
                 run.model.stop_training = True
 
         loader = loader or Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=3)  # 14 batches
@@ -996,7 +996,7 @@ class TrainedCase(Case):
 
 
 class TestGPTCheckpoint(TrainedCase):
-    """What is written can be read, by nobody else, and a run resumes to the bit."""
+    """What is written can be read back, runs no code, and a run resumes bit for bit."""
 
     def test_resume_at_every_step_is_exact(self):
         whole = self.train("whole.pt")
@@ -1249,7 +1249,7 @@ class TestGPTCheckpoint(TrainedCase):
 
 
 class Momentum64(torch.optim.Optimizer):
-    """An optimizer of a user's own: its state is in float64, and it counts in its group."""
+    """A user's own optimizer: its state is in float64, and it counts in its group."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -1270,7 +1270,7 @@ OPTIMIZERS = {
 
 class TestGPTOptimizer(TrainedCase):
     def own(self, make):
-        """A model with an optimizer of its own: make(its parameters, learning rate)."""
+        """A model with its own optimizer: make(its parameters, learning rate)."""
         return type("Own", (GPT,), {
             "make_optimizer": lambda self, rate, weight_decay: make(self.parameters(), rate)})
 
@@ -1335,8 +1335,8 @@ class TestGPTOptimizer(TrainedCase):
         self.assertEqual(self.train("c.pt").steps, 6)
 
     def test_layout_in_memory_does_not_matter(self):
-        """Weights that lie in memory column by column resume as any other: torch's fused AdamW goes
-        through a moment as its weight lies."""
+        """Weights stored column by column resume like any other: torch's fused AdamW assumes that a
+        moment has its weight's memory layout."""
         def model(transposed):
             torch.manual_seed(0)
             model = tiny_gpt(dropout=0.2)
@@ -1417,7 +1417,7 @@ class WithoutLearnedPositions(GPT):
 
 
 class TestGPTEdited(TrainedCase):
-    """Nets that people make of this one: trained, stopped, resumed, saved, loaded, sampled from."""
+    """Models that people make from this one: trained, stopped, resumed, saved, loaded, sampled."""
 
     def test_train_resume_save_load_generate(self):
         x = torch.tensor([[1, 8], [3, 4]])
@@ -1525,7 +1525,7 @@ class TestGetData(Case):
         except ImportError:
             self.skipTest("this system has no getrusage")
         size = 500_000_000
-        with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no room on most disks
+        with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no space on most disks
             header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + 2 * size)
@@ -1757,7 +1757,7 @@ class RunCase(Case):
         return [bpe.decode(np.load(f"out/{part}.npy").tolist()) for part in ("train", "valid")]
 
     def assertSameRun(self, a, b):
-        """The same result to the bit, but for the clock; nothing half-written is left."""
+        """The same result bit for bit, except for times; nothing half-written is left."""
         one, two = (self.saved(f"{folder}/checkpoint.pt") for folder in (a, b))
         for key in ("weights", "sizes", "optimizer", "run"):
             self.assertSame(one[key], two[key], key)
@@ -1814,7 +1814,7 @@ class TestTrain(RunCase):
         self.assertAlmostEqual(bits, float(best["valid_bits_per_byte"]), places=3)
         for words in (best["valid_loss"], best["valid_bits_per_byte"], "python sample.py"):
             self.assertIn(words, printed)
-        # once more: finished, and left alone
+        # run again: finished, and left alone
         state = {file: (file.read_bytes(), file.stat().st_mtime_ns)
                  for file in Path("out").iterdir() if file.suffix in (".pt", ".csv", ".npy")}
         self.assertIn("finished", self.train())
@@ -1849,7 +1849,7 @@ class TestTrain(RunCase):
         self.assertEqual(sorted(os.listdir()), ["out", "text.txt"])
 
     def test_every_constant_counts(self):
-        """Another value makes a new run, which says so; the old one is kept; and it is used."""
+        """A changed value starts a new run, which says so and uses it; the old one is kept."""
         self.trained("out", MAX_STEPS=4)
         constants = SMALL | dict(MAX_STEPS=4)
         for n, changes in enumerate((dict(MAX_STEPS=3), dict(SEED=2), dict(
@@ -1859,7 +1859,7 @@ class TestTrain(RunCase):
             old = self.saved()["weights"]
             printed = self.train(**constants | changes)
             for name, value in changes.items():
-                self.assertIn(f"other {name}: {constants[name]} -> {value}", printed)
+                self.assertIn(f"{name}: {constants[name]} -> {value}", printed)
             constants |= changes
             self.assertIn(f"out-{n}", printed)
             self.assertSame(self.saved(f"out-{n}/checkpoint.pt")["weights"], old)
@@ -1930,7 +1930,7 @@ class TestTrain(RunCase):
         shutil.rmtree("out")
         self.python("-c", self.child_code("in_step(6, lambda _: os.kill(os.getpid(), 15))\n" * 2),
                     code=-15)
-        self.assertEqual(self.saved()["run"]["step"], 4)  # the second ends it at once
+        self.assertEqual(self.saved()["run"]["step"], 4)  # the second signal ends it at once
 
     @unittest.skipIf(sys.platform == "win32", "torchrun doesn't work with torch's Windows wheels")
     def test_two_ranks_are_about_one_process(self):
@@ -1963,8 +1963,8 @@ class TestTrain(RunCase):
         (*one, end), (*two, other_end) = (Path(f"{rank}.txt").read_text().split()
                                           for rank in (0, 1))
         self.assertEqual((len(one), len(two)), (6, 6))  # steps
-        self.assertFalse(set(one) & set(two))  # each drops other activations
-        # threads of a group that is still held at times abort Python's end
+        self.assertFalse(set(one) & set(two))  # each drops different activations
+        # threads of a group that is still alive sometimes abort Python's exit
         self.assertEqual((end, other_end), ("None", "None"))
         for words in ("python sample.py", " parameters"):
             self.assertEqual(printed.count(words), 1)  # only one of the two speaks
@@ -2059,10 +2059,10 @@ class TestSample(RunCase):
             seen.add(text)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
         free = [self.sample(SEED=None, TEMPERATURE=2.0, PROMPT="").rsplit("[", 1)[0] for _ in "12"]
-        self.assertNotEqual(*free)  # another text each time; the odds of the same: under 1e-10
+        self.assertNotEqual(*free)  # a new text each time; odds of the same one: under 1e-10
 
     def shown(self, steps, **changes):
-        """What can be read on the screen before each of these steps of a model, and at the end."""
+        """What the screen shows before each of these steps of a model, and at the end."""
         screen, seen, given = io.BytesIO(), [], {}
 
         def stream(model, *arguments, **options):
@@ -2226,7 +2226,7 @@ class TestRunFolder(RunCase):
         self.trained(".", MAX_STEPS=1)
         before = self.saved("checkpoint.pt")
         for out in (".", "below/..", str(self.folder)):
-            self.assertFails(ValueError, "OUT_DIR.*other SEED", self.train, OUT_DIR=out, SEED=3)
+            self.assertFails(ValueError, "OUT_DIR.*SEED: ", self.train, OUT_DIR=out, SEED=3)
             self.assertSame(before, self.saved("checkpoint.pt"))
             self.assertIn("finished", self.train(MAX_STEPS=1, OUT_DIR=out))
 
@@ -2277,7 +2277,7 @@ class TestRunFolder(RunCase):
         self.addCleanup(setattr, nn, "LayerNorm", nn.LayerNorm)
         module = self.import_from(one)
         old = (one / "FFN.py").read_bytes()
-        (one / "FFN.py").write_bytes(old + b"\nEDITED = 1\n")  # too late for this process
+        (one / "FFN.py").write_bytes(old + b"\nEDITED = 1\n")  # after this process has imported it
         self.assertIn("FFN.py", self.call(module, SMALL | dict(MAX_STEPS=4)))
         self.assertEqual(files_of("out")["code/FFN.py"], old)
         self.assertIn("code/Norm.py", files_of("out"))
@@ -2398,10 +2398,10 @@ class TestPlaces(RunCase):
 
 
 class TestEdits(RunCase):
-    """What people change first: one place, the effect is trained, stopped, resumed, sampled."""
+    """What people change first: one edit, then train, stop, resume, sample."""
 
     def effect(self, *names, **edits):
-        """Edit, train beside a finished run, stop, resume, sample; returns the module."""
+        """Edit, train next to a finished run, stop, resume, sample; returns the module."""
         self.trained("out")
         before = self.saved()["weights"]
         module = self.import_from(self.copy_scripts(**edits))
@@ -3590,7 +3590,7 @@ class TestGPT1(RunCase):
             self.assertClose(space["model"](ids), theirs(ids).logits, 2e-5)
 
     def test_line_for_gelu(self):
-        """The page's one line for FFN.py makes the same of its ReLU as the class of the recipe."""
+        """The page's one-line edit of FFN.py computes the same as the class in the recipe."""
         library("transformers")
         (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
         source = (HERE / "FFN.py").read_text("utf-8")
@@ -3614,7 +3614,7 @@ class TestGPT1(RunCase):
         return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
 
     def check_opened(self, model):
-        """What transformers opens says what our model says; returns it."""
+        """What transformers opens computes what our model does; returns it."""
         hf = library("transformers")
         opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
         ids = torch.randint(model.sizes["vocab_size"], (3, model.sizes["max_seq_len"]))
@@ -3661,7 +3661,7 @@ class TestGPT1(RunCase):
             self.check_opened(model)
 
     def test_way_out_refuses_what_it_cannot_keep(self):
-        """A gamma with a zero, and a model that is no GPT-1: said before a file is written."""
+        """A zero in gamma, or a model that isn't GPT-1: reported before a file is written."""
         library("transformers")
         model, _ = self.small_run()
 
@@ -3679,7 +3679,7 @@ class TestGPT1(RunCase):
         self.assertFalse(Path("out/huggingface").exists())
 
     def test_both_pages_have_the_same_code(self):
-        """But for the comments, which are in the language of the page."""
+        """Except for the comments, which are in the page's language."""
         pages = [(HERE / page).read_text("utf-8") for page in self.PAGES]
         blocks = [re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S) for page in pages]
         self.assertEqual(*([name for name, _ in some] for some in blocks))
@@ -3704,7 +3704,7 @@ class TestGPT1(RunCase):
 
 
 class TestReadme(Case):
-    """What the pages name is there; what they compute comes out. Their prose is free."""
+    """What the pages name exists, and what they compute is right. Their prose is free."""
 
     PAGES = ("README", "assets/benchmarks", "assets/exercises", "assets/huggingface",
              "assets/questions", "assets/recipes")
@@ -3839,7 +3839,7 @@ class TestReadme(Case):
             self.assertEqual([f"{number:.2f}" for number in computed], hours, page)
 
     def test_measurements_come_from_assets(self):
-        """Each number of a part that a script fills in stands in assets/."""
+        """Each number in a part that a script fills in is found in assets/."""
         files = [*(HERE / "assets").glob("*.json"), HERE / "assets/metrics.csv"]
         known = {float(number) for file in files
                  for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", file.read_text("utf-8"))}
@@ -3987,7 +3987,7 @@ class Exercises(Case):
         parts = [head(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
         self.assertClose(torch.cat(parts, 1), head(x), 1e-4)
         model = tiny_gpt(num_layers=1).eval()
-        same = model(torch.full((1, 9), 7))  # one token again and again: all places are alike
+        same = model(torch.full((1, 9), 7))  # one token repeated: all positions are alike
         self.assertClose(same, same[:, :1].expand_as(same), 1e-4)
         ab, ba = (model(torch.tensor([row]))[0, -1] for row in ([3, 8, 5], [8, 3, 5]))
         self.assertGreater((ab - ba).abs().max().item(), 1e-5)  # but the order still counts
@@ -4005,7 +4005,7 @@ class Exercises(Case):
         expected = layer.linear(expected.transpose(1, 2).flatten(2))
         self.assertClose(layer(x), expected)
         self.assertEqual(layer.weights(x).shape, (B, H, T, T))
-        cache = KVCache(B, G, 16, D)  # this is what it is for: a smaller cache
+        cache = KVCache(B, G, 16, D)  # the purpose: a smaller cache
         parts = [layer(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
         self.assertClose(torch.cat(parts, 1), expected)
         self.assertClose(layer.bfloat16()(x.bfloat16()).float(), expected, 0.1)
