@@ -2175,6 +2175,22 @@ class TestRunFolder(RunCase):
         self.assertIn("finished", self.train(MAX_STEPS=8, **other))
         self.assertIn("step 1 of 1", self.train(OUT_DIR="new", RESUME=True, MAX_STEPS=1))
 
+    def test_best_model_of_another_text(self):
+        """A harder text's best model counts, though the loss on the first text was lower."""
+        self.train(MAX_STEPS=30, LEARNING_RATE=0.01)
+        old = Path("out/model.pt").read_bytes()
+        self.write("hard.txt", random_text(random.Random(1), 3000, "abcdefghijklmnop \n"))
+        hard = dict(DATA_FILE="hard.txt", LEARNING_RATE=0.01, EVAL_EVERY=2)
+        for steps in (32, 36):
+            printed = self.train(MAX_STEPS=steps, RESUME=True, **hard)
+            new = [row["valid_loss"] for row in self.rows() if int(row["step"]) > 30]
+            self.assertGreater(float(min(new)), max(float(row["valid_loss"]) for row in self.rows()
+                                                    if int(row["step"]) in (28, 30)))
+            self.assertIn(f"best validation loss  {min(new)} ", printed)
+            self.assertNotEqual(Path("out/model.pt").read_bytes(), old)
+            old = Path("out/model.pt").read_bytes()
+        self.assertIn(f"best validation loss  {min(new)} ", self.train(MAX_STEPS=36, **hard))
+
     def test_ids_of_another_text_are_not_resumed_with(self):
         self.trained("whole")
         self.write("other.txt", "the dog sat on the red barn\n" * 90)

@@ -107,6 +107,7 @@ def main() -> None:
         valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None,
                         rank, ranks)
         rows = model.notes["metrics"] = ready["rows"]  # kept in the checkpoint, so the two agree
+        since = model.notes["since"] = ready["since"]  # the rows before are of another text
         before = float(rows[-1]["seconds"]) if rows else 0.0
         if rank == 0:
             if rows:  # restores a metrics.csv that is ahead of the checkpoint, lost or edited
@@ -124,7 +125,7 @@ def main() -> None:
                 "tokens_per_second": f"{metrics['tokens_per_second']:.0f}"})
             log(rows[-1])
             write_metrics(out, rows, ready["code"], bpe, locks)
-            if metrics["best"]:
+            if best_of(rows[since:]) is rows[-1]:
                 model.save(out / "model.pt")
 
         with stop_on_signal(model) as stopped:
@@ -133,7 +134,7 @@ def main() -> None:
                       eval_every=EVAL_EVERY, dtype=dtype, compile=COMPILE,
                       checkpoint=out / "checkpoint.pt", on_eval=on_eval)
         if rank == 0:
-            finish(out, rows, stopped)
+            finish(out, rows[since:], stopped)
 
 
 def check_constants() -> dict:
@@ -340,11 +341,14 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
         out.mkdir(parents=True, exist_ok=True)
     lock(out, locks)
     saved, why = decide(out, settings, code)
-    rows = saved["notes"].get("metrics", []) if saved else []
+    notes = saved["notes"] if saved else {}
+    rows, since = notes.get("metrics", []), notes.get("since", 0)
+    if notes.get("settings", settings).get("DATA") != settings["DATA"]:  # RESUME = True
+        since = len(rows)
     if saved and saved["run"]["step"] >= MAX_STEPS:
         say(f"{OUT_DIR} holds a finished run with these settings ({MAX_STEPS} steps).\n"
             f"To train it longer raise MAX_STEPS; to start from scratch set RESUME = False.")
-        report(rows)
+        report(rows[since:])
         return None
     inside = [Path.cwd(), FILE, *(file for file in documents if isinstance(file, Path))]
     if why and (os.path.ismount(out) or any(path.is_relative_to(out) for path in inside)):
@@ -375,9 +379,8 @@ def get_ready(out: Path, settings: dict, locks: ExitStack) -> dict | None:
             (out / "text.sha256").write_text(settings["DATA"])
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return {"settings": settings, "code": code, "rows": rows,
-            "step": saved["run"]["step"] if saved else 0,
-            "device": saved["notes"].get("device") if saved else None,
+    return {"settings": settings, "code": code, "rows": rows, "since": since,
+            "step": saved["run"]["step"] if saved else 0, "device": notes.get("device"),
             "valid_bytes": sum(map(size, documents)) - split_point(documents)}
 
 
@@ -600,11 +603,16 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
 
+def best_of(rows: list[dict]) -> dict:
+    """The first row with the lowest validation loss."""
+    return min(rows, key=lambda row: min(math.inf, float(row["valid_loss"])))  # NaN: inf
+
+
 def report(rows: list[dict]) -> None:
     """Print the best result of the run, where everything lies, and the next command."""
     if not rows:
         return
-    best = min(rows, key=lambda row: float(row["valid_loss"]))
+    best = best_of(rows)
     bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
     say(f"""
 best validation loss  {best["valid_loss"]} nats per token, {bits} bits per byte
@@ -622,7 +630,7 @@ def draw_losses(out: Path, rows: list[dict]) -> None:
     from matplotlib.figure import Figure  # unlike pyplot, it has no global state
     tokens = [int(row["tokens"]) for row in rows]
     valid = [float(row["valid_loss"]) for row in rows]
-    best = valid.index(min(valid))
+    best = rows.index(best_of(rows))
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
         figure = Figure(figsize=(8.3, 4.2), layout="constrained")
