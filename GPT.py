@@ -178,7 +178,7 @@ class GPT(nn.Module):
 
         fit moves each group's rate along the schedule, in proportion to its value here.
         AdamW: Loshchilov and Hutter 2019; no decay of biases and norms, as in GPT-1, section 4.1;
-        betas: small batches are noisy (train.py: 1.69 bits per byte with 0.99, 1.71 with 0.95).
+        betas: small batches are noisy (train.py: 0.02 bits per byte better with 0.99 than 0.95).
         """
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]  # biases and norms

@@ -48,7 +48,7 @@ RUSSIAN_FILE = None    # some megabytes of Russian (UTF-8), for the tokenizer; N
 NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT; None: it is left out
 PARTS = ["tokenizer", "training", "generation", "memory", "scale",
          "speedrun"]  # remove what you don't want
-ROUNDS = 5             # measured rounds; the median counts
+ROUNDS = 3             # measured rounds; the median counts
 OUT_FILE = "assets/bench.json"
 
 TOKENIZER_SHAPES = [(1, 1024), (100, 8192), (100, 32768)]  # megabytes at most, V

@@ -572,7 +572,7 @@ def describe(model: GPT, how: str, ready: dict, train_tokens: int, valid_tokens:
         f"{how}; {train_tokens:,} tokens to train on, {valid_tokens:,} held out\n"
         f"{MAX_STEPS:,} steps: {MAX_STEPS * step:,} tokens: {passes:.2g} passes over the text")
     if passes < 1:
-        say(f"Most of the text is never read; one pass takes MAX_STEPS = {train_tokens // step:,}. "
+        say(f"Part of the text is never read; one pass takes MAX_STEPS = {train_tokens // step:,}. "
             f"With so much text a larger model also pays off (EMB_SIZE, NUM_LAYERS, VOCAB_SIZE).")
     if ready["step"]:
         began = f"; it started on {ready['device']}" * (ready["device"] != model.device.type)
