@@ -104,7 +104,7 @@ def first_of_equals(items: np.ndarray) -> np.ndarray:
 
 class Words:
     """All words in one array of ids. A place in it keeps its number: merging writes the new id at
-    the left place of a pair and takes the right place out of the chain of neighbours.
+    the left place of a pair and takes the right place out of the chain of neighbours, a ring.
 
     >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
     >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
@@ -114,13 +114,14 @@ class Words:
     """
 
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
-        text = "\udcff".join(["", *words, ""])           # \udcff: the byte 255, which UTF-8 lacks
-        raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        self.id = np.array([*byte_ids][:255] + [BORDER])[raw]                      # (N,)
-        self.next, self.previous = np.arange(1, len(raw) + 1), np.arange(-1, len(raw) - 1)
+        raw = b"\xff".join([b"", *map(str.encode, words), b""])      # a byte that UTF-8 never has
+        self.id = np.array([*byte_ids][:255] + [BORDER])[np.frombuffer(raw, np.uint8)]       # (N,)
+        self.places = np.arange(len(raw))
+        self.next, self.previous = np.roll(self.places, -1), np.roll(self.places, 1)
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
-        """The pairs that begin at these places, as left << 32 | right; negative at a border."""
+        """The pairs that begin at these places, each as one number, left << 32 | right; negative
+        if one of the two is no id."""
         return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
@@ -137,14 +138,14 @@ class Words:
     def results(self, dtype: np.dtype) -> list[bytes]:
         """Each word's ids, as the bytes of an array."""
         ids = self.id[self.id != GONE]
-        ends = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
+        borders = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
         raw = ids.astype(dtype).tobytes()
-        return [raw[i + dtype.itemsize:j] for i, j in pairwise(ends)]
+        return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
 
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each item continues a run -> where its run starts, and whether it is the run's first,
-    third ...: in aaaaa, the pairs that merge."""
+    """Whether each item goes on with the run of the item before it -> the number of the item that
+    starts its run, and whether it is the run's first, third ...: in aaaaa, the pairs that merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -154,54 +155,54 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
     often each word occurs.
 
-    A pair's places are noted once, when the later of its two ids is made. So its count can only
-    fall: when it leaves the heap, it is counted again and, if it has lost places, put back."""
-    weight = np.append(list(counts), 0)[np.cumsum(words.id == BORDER) - 1]         # (N,)
+    A pair's places are noted once, when the later of its two ids is made; from then on other merges
+    can only take places from it. So a pair that leaves the heap with all its places is the most
+    frequent one; any other is counted again and put back."""
+    word = np.cumsum(words.id == BORDER) - 1             # (N,), the number of the word here
+    weight = np.array([*counts, 0])[word]                # (N,), how often it occurs
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
         """The pairs that begin at these places go on the heap, grouped by a sort."""
-        pair = words.pairs(places)
-        by_pair = pair.argsort(kind="stable")
-        pair, places = pair.take(by_pair), places.take(by_pair)
-        start = first_of_equals(pair)
-        count = np.add.reduceat(weight.take(places), start).tolist()
-        pair, start = pair.take(start).tolist(), [*start.tolist(), None]
-        for n, p, (i, j) in zip(count, pair, pairwise(start), strict=True):
-            if n > 1 and p >= 0:
-                heapq.heappush(heap, (-n, p, places[i:j]))
+        pairs = words.pairs(places)
+        order = pairs.argsort(kind="stable")
+        pairs, places = pairs.take(order), places.take(order)
+        starts = first_of_equals(pairs)
+        pairs, sums = pairs.take(starts), np.add.reduceat(weight.take(places), starts)
+        groups = pairwise([*starts.tolist(), None])      # where each begins and ends
+        for pair, count, (i, j) in zip(pairs.tolist(), sums.tolist(), groups, strict=True):
+            if pair >= 0 and count > 1:
+                heapq.heappush(heap, (-count, pair, places[i:j]))
 
-    if len(words.id) > 1:
-        note(np.arange(len(words.id) - 1))
-    for new in range(256, 256 + num_merges):
-        while heap:
-            _, pair, places = heapq.heappop(heap)
-            still = places[words.pairs(places) == pair]
-            if len(still) == len(places):
-                break
-            if (count := int(weight.take(still).sum())) > 1:
-                heapq.heappush(heap, (-count, pair, still))
-        else:
-            return
+    note(words.places)
+    new = 256
+    while heap and new < 256 + num_merges:
+        _, pair, noted = heapq.heappop(heap)
+        places = noted[words.pairs(noted) == pair]       # where it still is
+        if len(places) < len(noted):
+            if (count := int(weight.take(places).sum())) > 1:
+                heapq.heappush(heap, (-count, pair, places))
+            continue
         left, right = pair >> 32, pair & 0xFFFFFFFF
         yield left, right
         if left == right:
-            places = places[run_starts(np.append(False, words.next[places[:-1]] == places[1:]))[1]]
+            places = places[run_starts(words.pairs(words.previous[places]) == pair)[1]]
         note(words.join(places, new))
+        new += 1
 
 
 class Merges:
     """The learned merges, to be made in their order in many words at once.
 
-    Many can be made together: those of the ranks from a to limit[a] use nothing that another of
-    them makes. So when a is the lowest rank in any word, all their pairs are there already; where
-    two of these overlap, the lower rank goes first."""
+    One by one would be slow. But merges that use nothing another one of them makes can be made
+    together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a]. When a is
+    the lowest rank in any word, all their pairs are there already."""
 
     def __init__(self, merges: list[Pair], made: Iterable[int]):
-        pair = np.array([left << 32 | right for left, right in merges], np.int64)
-        self.made, self.none = np.array(made, np.int64), len(merges)     # none: rank of no merge
-        self.rank = np.append(pair.argsort(), self.none).astype(np.int32)
-        self.pair = np.append(np.sort(pair), np.iinfo(np.int64).max)
+        self.none = len(merges)                          # the rank of what is no merge
+        pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
+        self.rank = pair.argsort().astype(np.int32)      # the last one is none
+        self.pair, self.made = pair[self.rank], np.array(made, np.int64)
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
         used = [first_use.get(i, self.none) for i in made]
         for rank, (use, i) in enumerate(zip(used, made, strict=True)):
@@ -216,17 +217,17 @@ class Merges:
 
     def apply(self, words: Words) -> None:
         """Makes all merges, with the result of making them one by one."""
-        rank = np.append(self.look_up(words.pairs(np.arange(len(words.id) - 1))),
-                         self.none).astype(np.int32)     # (N,), of the pair that begins here
+        rank = self.look_up(words.pairs(words.places))   # (N,), of the pair that begins here
         while (lowest := rank.min()) < self.none:
-            at = np.flatnonzero(rank < self.limit[lowest])
-            here, before, after = rank[at], rank[words.previous[at]], rank[words.next[at]]
-            # Now: what overlaps nothing of a lower rank. Of a run like aaaaa that is every second
-            # pair, once nothing before the run goes first.
+            places = np.flatnonzero(rank < self.limit[lowest])
+            here, after = rank[places], rank[words.next[places]]
+            before = rank[words.previous[places]]
+            # Of two pairs that overlap, the one of the lower rank goes first; of a run of the same
+            # rank, as in aaaaa, every second one, once nothing overlaps the run's start.
             start, odd = run_starts(before == here)
-            at = at[odd & (before > here)[start] & (after >= here)]
-            gone = words.next[at]
-            changed = words.join(at, self.made[rank[at]])
+            places = places[(before > here)[start] & odd & (here <= after)]
+            gone = words.next[places]
+            changed = words.join(places, self.made[rank[places]])
             rank[gone] = self.none
             rank[changed] = self.look_up(words.pairs(changed))
 
