@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, chain, cycle, islice, pairwise
+from itertools import accumulate, chain, cycle, islice, pairwise, starmap
 
 import numpy as np
 
@@ -716,10 +716,10 @@ def cut(text: str) -> Iterator[str]:
 def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Yields the bytes [start, stop) of a UTF-8 file as text, exactly as it is (byte order mark,
     \\r\\n), in pieces as from cut(). ValueError, with the offset, for what is not UTF-8."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    decoder, rest, raw = codecs.getincrementaldecoder("utf-8")(), "", None
     with open(path, "rb") as file:
         file.seek(start)
-        while True:
+        while raw != b"":
             raw = file.read(READ_BYTES if stop is None else max(0, min(READ_BYTES, stop - start)))
             undecoded = len(decoder.getstate()[0])
             try:
@@ -731,8 +731,6 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
                     "(iconv -f ENCODING -t UTF-8)") from None
             yield from pieces
             start += len(raw)
-            if not raw:
-                break
     if rest:
         yield rest
 
@@ -757,11 +755,10 @@ def _replace(path: str | os.PathLike):
 
 def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable:
     """The items, with a bar when it takes longer than a second and tqdm is installed."""
-    try:
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, title, total, delay=1, leave=False)
+        return tqdm(items, title, total, delay=1, leave=False)
+    return items
 
 
 def spread(work: Callable[[list], object], batches: Iterable[list], title: str) -> Iterator:
@@ -773,27 +770,21 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
         yield from map(work, first)
         return
 
-    def receive(worker: subprocess.Popen | None, batch: list) -> object:
-        try:
-            answer = pickle.load(worker.stdout)["answer"]
-        except Exception:                # there is no worker, it died, or it says something else
-            answer = work(batch)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def answer(worker: subprocess.Popen | None, batch: list) -> object:
+        with contextlib.suppress(Exception):             # no worker, it died, or says other things
+            return pickle.load(worker.stdout)["answer"]
+        return work(batch)                               # here an error of work itself is raised
 
-    workers, busy = _start_workers(work), deque()        # busy: workers and their batches
+    workers, busy = _start_workers(work) or [None], deque()      # busy: workers and their batches
     try:
-        batches = _progress(chain(first, batches), title)
-        for worker, batch in zip(cycle(workers or [None]), batches):
-            answers = [receive(*busy.popleft())] if len(busy) == max(1, len(workers)) else []
+        for worker, batch in zip(cycle(workers), _progress(chain(first, batches), title)):
+            answers = [answer(*busy.popleft())] if len(busy) == len(workers) else []
             _send(worker, batch)
             busy.append((worker, batch))
             yield from answers
-        while busy:
-            yield receive(*busy.popleft())
+        yield from starmap(answer, busy)
     finally:
-        for worker in workers:
+        for worker in filter(None, workers):
             worker.kill()
             worker.communicate()
 
@@ -823,21 +814,17 @@ def _send(worker: subprocess.Popen | None, message: object) -> None:
 
 
 def _work() -> None:
-    """The main loop of a worker: batches in, answers out, until the caller closes the pipe."""
+    """The main loop of a worker: batches in, answers out, until it is killed. What fails here ends
+    it, and the caller does that batch itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the caller's business
     source, target = sys.stdin.buffer, sys.stdout.buffer
     job, pattern, state = pickle.load(source)
     bpe = BPE(256, pattern)
     bpe._set(*state)
-    with contextlib.suppress(EOFError):
-        while True:
-            batch = pickle.load(source)
-            try:
-                answer = getattr(bpe, job)(batch)
-            except Exception as error:                   # raised again at the caller's end
-                answer = error
-            pickle.dump({"answer": answer}, target, pickle.HIGHEST_PROTOCOL)
-            target.flush()
+    while True:
+        answer = getattr(bpe, job)(pickle.load(source))
+        pickle.dump({"answer": answer}, target, pickle.HIGHEST_PROTOCOL)
+        target.flush()
 
 
 def draw_tokens(tokens: list[str], path: str | os.PathLike) -> None:
