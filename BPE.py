@@ -2,14 +2,11 @@
 
 A regular expression splits a text into words (GPT-2, Radford et al. 2019). BPE (Sennrich et al.
 2016) starts from the 256 bytes and makes the most frequent pair of neighbours inside the words a
-new token, again and again. To encode is to make the same merges in the same order. Five parts;
-stop reading after any of them:
+new token, again and again. To encode is to make the same merges in the same order.
 
-1. The idea: textbook code, complete, exact and slow.
-2. The engine: the same merges in all words at once, on arrays.
-3. The split: text -> words.
-4. The class: fit, encode, decode, save, load.
-5. Large texts: files and worker processes.
+Stop reading after any part: 1. the idea (textbook code: complete, exact and slow); 2. the engine
+(the same merges in all words at once, on arrays); 3. the split (text -> words); 4. the tokenizer
+(fit, encode, decode, save, load); 5. large texts (files and worker processes).
 
 Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
 loaded file keeps its own ids.)
@@ -26,7 +23,6 @@ Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no t
 """
 import codecs
 import contextlib
-import functools
 import heapq
 import json
 import os
@@ -266,7 +262,7 @@ FOLD[:128] = range(128)
 FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
 
 # One item of a pattern: class name, set, white space, (?i:...), end of the text, anything else.
-ITEM = re.compile(r"\\[pP](?:\{(?P<name>\^?\w+)\}|(?P<short>\w))|(?P<set>\[(?:\\.|[^][\\])+\])"
+ITEM = re.compile(r"(?P<class>\\[pP](?:\{\^?\w+\}|\w))|(?P<set>\[(?:\\.|[^][\\])+\])"
                   r"|(?P<space>\\[sS])|(?P<any>\(\?i:[^()]*\))|(?P<end>\$|\\z)|\\[rntf]|\\[^\w\s]"
                   r"|\(\?[:=!>]|\((?!\?)|[)|.]|[*+?][+?]?|\{\d+(?:,\d*)?\}[+?]?"
                   r"|[^][\\(){}^$]")
@@ -275,21 +271,20 @@ ITEM = re.compile(r"\\[pP](?:\{(?P<name>\^?\w+)\}|(?P<short>\w))|(?P<set>\[(?:\\
 def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> str:
     """One item of a pattern, in folded letters; ValueError for what can't be translated."""
     text = item[0]
-    if name := item["name"] or item["short"]:
-        found = {b for b in EVERY if CATEGORY_OF[b].startswith(name.lstrip("^"))}
+    if item["class"]:                                    # \p{L}, \P{L}, \p{^L}, \pL
+        found = {b for b in EVERY if CATEGORY_OF[b].startswith(text[2:].strip("{^}"))}
         if not found:
             raise ValueError(f"{text}: give a general category of Unicode, such as L, Lu or N")
-        found = EVERY - found if (text[1] == "P") != (name[0] == "^") else found
+        found = EVERY - found if (text[1] == "P") != ("^" in text) else found
     elif item["space"]:
         found = SPACE if text == r"\s" else EVERY - SPACE
     elif item["set"]:
         if re.search(r"&&|--|~~|\|\|", text) or any_case and "-" in text:
             raise ValueError(f"{text}: no ranges in (?i:), no calculating with sets")
         head = 2 if text[1] == "^" else 1
-        inside = functools.partial(translate, in_set=True, any_case=any_case)
-        return text[:head] + ITEM.sub(inside, text[head:-1]) + "]"
+        return text[:head] + ITEM.sub(lambda i: translate(i, True, any_case), text[head:-1]) + "]"
     elif item["any"]:
-        return f"(?i:{ITEM.sub(functools.partial(translate, any_case=True), text[4:-1])})"
+        return text[:4] + ITEM.sub(lambda i: translate(i, any_case=True), text[4:-1]) + ")"
     elif item["end"] and not in_set:
         return r"\Z"                                     # the very end, which $ isn't in `re`
     elif any_case and text in "sSkK":
@@ -382,16 +377,14 @@ class BPE:
                              f"need {256 + len(names)} or more")
         self.vocab_size, self.pattern = int(vocab_size), pattern
         self._split = Splitter(pattern)
-        self._set([], range(0), names)
+        self._set([], range(0), {name: i for i, name in enumerate(names, 256)})
 
-    def _set(self, merges: list[Pair], made: Iterable[int], special: Iterable[str] | dict,
+    def _set(self, merges: list[Pair], made: Iterable[int], special: dict[str, int],
              byte_ids: Iterable[int] = range(256), others: dict[int, bytes] | None = None,
              whole: dict[str, int] | None = None) -> None:
-        """made: the ids that the merges make. special: {name: id}, or names that get the next ids.
-        others: tokens that no merge makes. whole: words that are one token, whatever the merges
-        say. All is replaced at once: an interrupt leaves the old tokenizer or the new one."""
-        if not isinstance(special, dict):
-            special = {name: i for i, name in enumerate(special, 256 + len(merges))}
+        """made: the ids that the merges make. others: tokens that no merge makes. whole: words that
+        are one token, whatever the merges say. All is replaced at once: an interrupt leaves the old
+        tokenizer or the new one."""
         token = {i: bytes([b]) for b, i in enumerate(byte_ids)} | (others or {})
         for (left, right), i in zip(merges, made, strict=True):
             token[i] = token[left] + token[right]
@@ -435,7 +428,9 @@ class BPE:
                           "give encode_file its id between them", stacklevel=2)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        self._set(merges, range(256, 256 + len(merges)), list(self.special_tokens))
+        end = 256 + len(merges)
+        special = {name: i for i, name in enumerate(self.special_tokens, end)}
+        self._set(merges, range(256, end), special)
         return self
 
     def _count(self, pieces: list[str]) -> Counter[str]:
@@ -501,15 +496,12 @@ class BPE:
         """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
         batch, size = [], 0
         for item in items:
-            if isinstance(item, str):
-                pieces = cut(item) if self._split.known else [item]
-            elif item in self._token:
-                pieces = [int(item)]
-            else:
+            is_text = isinstance(item, str)
+            if not is_text and item not in self._token:
                 raise ValueError(f"{item!r} is no text and no id (0 to {len(self) - 1})")
-            for piece in pieces:
+            for piece in cut(item) if is_text and self._split.known else [item]:
                 batch.append(piece)
-                size += len(piece) if isinstance(piece, str) else 1
+                size += len(piece) if is_text else 1
                 if size >= BATCH:
                     yield batch
                     batch, size = [], 0
@@ -549,7 +541,7 @@ class BPE:
         tokens in a text for what they are (our allow_special=True). ValueError for what the format
         can't express.
         """
-        name = {i: "".join(map(_byte_letters().__getitem__, t)) for i, t in self._token.items()}
+        name = {i: t.decode("latin-1").translate(BYTE_LETTERS) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             twice = Counter(name.values()).most_common(1)[0][0]
@@ -606,7 +598,7 @@ class BPE:
                 raise ValueError(f"{token!r} has id {i!r}: use whole numbers from 0 to 2**31 - 1")
             if token_of.setdefault(i, token) != token or vocab.get(token, i) != i:
                 raise ValueError(f"id {i} of {token!r}: a token has one id, an id one token")
-        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
         if missing := [f"{byte} ({x!r})" for x, byte in byte_of.items() if x not in vocab]:
             raise ValueError(f"no token for byte {', '.join(missing)[:60]}: not byte-level?")
         for rank, entry in enumerate(listed):
@@ -632,6 +624,11 @@ class BPE:
         return bpe
 
 
+# The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can
+# be seen in Latin-1 for themselves, for the others those from U+0100 on.
+_others = map(chr, range(256, 512))
+BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
+
 # What BPE.load doesn't do: where one of these is set, it refuses.
 NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
@@ -645,22 +642,17 @@ def _split_pattern(data: dict) -> str:
                              "after a Split by a Regex (Isolated, false), add_prefix_space false, "
                              "nothing that changes the text or adds tokens")
 
-    def adds_tokens(step: dict) -> bool:
-        if step["type"] == "Sequence":
-            return any(map(adds_tokens, step["processors"]))
-        single = [[*part] for part in step.get("single") or ()]
-        return (step["type"] != "ByteLevel"
-                and (step["type"], single) != ("TemplateProcessing", [["Sequence"]]))
-
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
         for name in part.keys() & NOT_DONE:
             refuse(part[name], f"{name} {part[name]!r:.60}")
     level = {"type": "ByteLevel"}
-    after, decoder = data.get("post_processor") or level, data.get("decoder") or level
-    refuse(adds_tokens(after), f"post_processor {after['type']}")
+    decoder, after = data.get("decoder") or level, data.get("post_processor") or level
     refuse(decoder["type"] != "ByteLevel", f"decoder {decoder['type']}")
+    for step in after.get("processors", [after]):
+        adds_nothing = [[*part] for part in step.get("single", ())] == [["Sequence"]]
+        refuse(step["type"] != "ByteLevel" and not adds_nothing, f"post_processor {step['type']}")
     before = data.get("pre_tokenizer") or {"type": None}
-    *split, level = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    *split, level = before.get("pretokenizers", [before])
     kinds = [step["type"] for step in (*split, level)]
     refuse(kinds not in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer {kinds}")
     refuse(level.get("add_prefix_space", True), "add_prefix_space")
@@ -682,15 +674,6 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError(f"{Counter(n for n, _ in pairs).most_common(1)[0][0]!r} appears twice")
     return found
-
-
-@functools.cache
-def _byte_letters() -> list[str]:
-    """The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that
-    can be seen in Latin-1 for themselves, for the others those from U+0100 on."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = iter(range(256, 512))
-    return [chr(b if b in seen else next(hidden)) for b in range(256)]
 
 
 # --- 5. large texts: files and worker processes ---------------------------------------------------
