@@ -112,8 +112,8 @@ class Words:
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
         raw = b"\xff".join([b"", *map(str.encode, words), b""])      # a byte that UTF-8 never has
         self.id = np.array([*byte_ids][:255] + [BORDER])[np.frombuffer(raw, np.uint8)]       # (N,)
-        self.places = np.arange(len(raw))
-        self.next, self.previous = np.roll(self.places, -1), np.roll(self.places, 1)
+        places = np.arange(len(raw))
+        self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places, each as one number, left << 32 | right; negative
@@ -141,21 +141,21 @@ class Words:
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each item goes on with the run of the item before it -> the number of the item that
-    starts its run, and whether it is the run's first, third ...: in aaaaa, the pairs that merge."""
+    starts its run, and whether it is the run's first, third ... (of aaaaa, the pairs to merge)."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
 
 
 def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair]:
-    """Makes and yields the merges: most frequent pair first, ties to the smaller ids. counts: how
-    often each word occurs.
+    """textbook_fit for all words: makes and yields the merges, most frequent pair first, ties to
+    the smaller ids. counts: how often each word occurs.
 
     A pair's places are noted once, when the later of its two ids is made; from then on other merges
     can only take places from it. So a pair that leaves the heap with all its places is the most
     frequent one; any other is counted again and put back."""
-    word = np.cumsum(words.id == BORDER) - 1             # (N,), the number of the word here
-    weight = np.array([*counts, 0])[word]                # (N,), how often it occurs
+    # How often the word at each place occurs; the borders up to a place count the words.
+    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]       # (N,)
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
@@ -170,7 +170,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
             if pair >= 0 and count > 1:
                 heapq.heappush(heap, (-count, pair, places[i:j]))
 
-    note(words.places)
+    note(np.arange(len(words.id)))
     new = 256
     while heap and new < 256 + num_merges:
         _, pair, noted = heapq.heappop(heap)
@@ -181,8 +181,9 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
             continue
         left, right = pair >> 32, pair & 0xFFFFFFFF
         yield left, right
-        if left == right:
-            places = places[run_starts(words.pairs(words.previous[places]) == pair)[1]]
+        if left == right:                                # in aaa two of them overlap
+            before = words.pairs(words.previous[places])
+            places = places[run_starts(before == pair)[1]]
         note(words.join(places, new))
         new += 1
 
@@ -197,10 +198,10 @@ class Merges:
     def __init__(self, merges: list[Pair], made: Iterable[int]):
         self.none = len(merges)                          # the rank of what is no merge
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
-        self.rank = pair.argsort().astype(np.int32)      # the last one is none
+        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair, self.made = pair[self.rank], np.array(made, np.int64)
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        used = [first_use.get(i, self.none) for i in made]
+        used = [first_use.get(i, self.none) for i in made]       # who first uses what each makes
         for rank, (use, i) in enumerate(zip(used, made, strict=True)):
             if use <= rank:
                 raise ValueError(f"merge {use} uses the token {i}, which only merge {rank} makes")
@@ -212,14 +213,15 @@ class Merges:
         return np.where(self.pair[i] == pair, self.rank[i], self.none)
 
     def apply(self, words: Words) -> None:
-        """Makes all merges, with the result of making them one by one."""
-        rank = self.look_up(words.pairs(words.places))   # (N,), of the pair that begins here
+        """textbook_encode for all words: makes all merges, as if one by one."""
+        # (N,), the rank of the pair that begins at each place
+        rank = self.look_up(words.pairs(np.arange(len(words.id))))
         while (lowest := rank.min()) < self.none:
             places = np.flatnonzero(rank < self.limit[lowest])
             here, after = rank[places], rank[words.next[places]]
             before = rank[words.previous[places]]
-            # Of two pairs that overlap, the one of the lower rank goes first; of a run of the same
-            # rank, as in aaaaa, every second one, once nothing overlaps the run's start.
+            # Of two pairs that overlap, the one of the lower rank goes first. Of a run of the same
+            # rank (aaaaa) every second one goes, or none while the pair before it is to go first.
             start, odd = run_starts(before == here)
             places = places[(before > here)[start] & odd & (here <= after)]
             gone = words.next[places]
@@ -302,9 +304,8 @@ def fold(text: str) -> str:
     try:
         code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text has the lone surrogate {text[error.start]!r} at {error.start}, which is no "
-            "character: replace it (text.encode('utf-8', 'replace').decode())") from None
+        raise ValueError(f"lone surrogate {text[error.start]!r} at {error.start}, no character: "
+                         "take text.encode('utf-8', 'replace').decode()") from None
     for c in np.unique(code[FOLD[code] == 255]).tolist():
         FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
     return FOLD[code].tobytes().decode("latin-1")
@@ -710,8 +711,7 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
-                    f"({error.reason}): find out its encoding and convert it "
-                    "(iconv -f ENCODING -t UTF-8)") from None
+                    f"({error.reason}): convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
             yield from pieces
             start += len(raw)
     if rest:
