@@ -282,7 +282,7 @@ def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> s
         found = SPACE if text == r"\s" else EVERY - SPACE
     elif item["set"]:
         if re.search(r"&&|--|~~|\|\|", text) or any_case and "-" in text:
-            raise ValueError(f"{text}: no ranges in (?i:), no calculating with sets")
+            raise ValueError(f"{text}: no ranges in (?i:), no set operations")
         head = 2 if text[1] == "^" else 1
         return text[:head] + ITEM.sub(lambda i: translate(i, True, any_case), text[head:-1]) + "]"
     elif item["any"]:
@@ -292,7 +292,7 @@ def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> s
     elif any_case and text in "sSkK":
         found = {ord(text), LONG_S if text in "sS" else KELVIN}
     elif not text.isascii():
-        raise ValueError(f"{text}: a pattern can name ASCII and classes")
+        raise ValueError(f"{text}: a pattern may have only ASCII and classes")
     else:
         return "(?:" if text == "(" and not in_set else text
     folded = "".join(f"\\x{b:02x}" for b in sorted(found))
@@ -319,7 +319,7 @@ class Splitter:
         self.pattern, self.known = pattern, pattern in KNOWN
         try:
             if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
-                raise ValueError("it has more than classes, sets, groups and repetitions")
+                raise ValueError("only classes, sets, groups and repetitions are supported")
             text = ITEM.sub(translate, pattern)
             if re.match(text, "", re.ASCII):
                 raise ValueError("it matches the empty text")
@@ -364,7 +364,7 @@ class BPE:
 
     vocab_size: how many tokens at most, special ones included (at least 256 + len(special_tokens)).
     pattern: what a word is, written as published, with \\p{L}, \\p{N}, \\s, (?i:...).
-    special_tokens: names such as "<|endoftext|>", never learned and never made from text unasked.
+    special_tokens: names such as "<|endoftext|>", never learned, made from text only when asked.
     ValueError for a vocab_size too small, a pattern it can't express, names empty or given twice.
     """
 
@@ -384,8 +384,8 @@ class BPE:
              byte_ids: Iterable[int] = range(256), others: dict[int, bytes] | None = None,
              whole: dict[str, int] | None = None) -> None:
         """made: the ids that the merges make. others: tokens that no merge makes. whole: words that
-        are one token, whatever the merges say. All is replaced at once: an interrupt leaves the old
-        tokenizer or the new one."""
+        are one token, whatever the merges say. Everything is replaced at once: an interrupt leaves
+        the old tokenizer or the new one."""
         token = {i: bytes([b]) for b, i in enumerate(byte_ids)} | (others or {})
         for (left, right), i in zip(merges, made, strict=True):
             token[i] = token[left] + token[right]
@@ -520,7 +520,7 @@ class BPE:
                              ": does it belong to the model?") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are no UTF-8 become U+FFFD. An unknown id is a ValueError."""
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD. An unknown id is a ValueError."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
@@ -578,9 +578,9 @@ class BPE:
             with open(path, encoding="utf-8") as file:
                 return cls._read(json.load(file, object_pairs_hook=_once))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            why = f"no complete tokenizer.json ({error}): save it again"
+            why = f"not a complete tokenizer.json ({error}): save it again"
         except (KeyError, TypeError, AttributeError) as error:
-            why = f"no tokenizer.json of a BPE model ({error!r})"
+            why = f"not a BPE tokenizer.json ({error!r})"
         except ValueError as error:
             why = str(error)
         raise ValueError(f"{os.fspath(path)}: {why}")
@@ -598,7 +598,7 @@ class BPE:
             if type(i) is not int or not 0 <= i < 1 << 31:
                 raise ValueError(f"{token!r} has id {i!r}: use whole numbers from 0 to 2**31 - 1")
             if token_of.setdefault(i, token) != token or vocab.get(token, i) != i:
-                raise ValueError(f"id {i} of {token!r}: a token has one id, an id one token")
+                raise ValueError(f"id {i} of {token!r}: each token needs one id, each id one token")
         byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
         if missing := [f"{byte} ({x!r})" for x, byte in byte_of.items() if x not in vocab]:
             raise ValueError(f"no token for byte {', '.join(missing)[:60]}: not byte-level?")
@@ -630,7 +630,7 @@ class BPE:
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
 
-# What BPE.load doesn't do: where one of these is set, it refuses.
+# BPE.load refuses a file that sets one of these.
 NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
 
@@ -639,9 +639,9 @@ def _split_pattern(data: dict) -> str:
     """The split pattern of a tokenizer.json; refuses by name what can't be done exactly."""
     def refuse(found: object, what: str) -> None:
         if found:
-            raise ValueError(f"its {what} can't be done exactly; what can: ByteLevel, alone or "
-                             "after a Split by a Regex (Isolated, false), add_prefix_space false, "
-                             "nothing that changes the text or adds tokens")
+            raise ValueError(f"its {what} can't be reproduced exactly; supported: ByteLevel, "
+                             "alone or after a Split by a Regex (Isolated, false), add_prefix_space"
+                             " false, nothing that changes the text or adds tokens")
 
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
         for name in part.keys() & NOT_DONE:
@@ -681,7 +681,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 PIECE = 1 << 15        # characters split at a time (few: most pieces are pure ASCII, and faster)
 BATCH = 1 << 21        # characters that a worker gets at a time
-WORKERS_FROM = 3       # batches; for fewer, starting processes (0.1 s) costs more than it brings
+WORKERS_FROM = 3       # batches; for fewer, starting processes (0.1 s) costs more than it saves
 MAX_WORKERS = 8        # more than one process can feed
 READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses small blocks better)
 WORKER_FLAG = "--bpe-worker"
