@@ -552,7 +552,7 @@ def scale() -> None:
     text, rows = standard_library(), []
     with tempfile.TemporaryDirectory() as folder:
         for grown, size in (("", len(text) // 10), ("text x10", len(text))):
-            file = f"{folder}/{grown}"
+            file = f"{folder}/{size}"
             Path(f"{file}.txt").write_bytes(text[:size].encode())
             for step, work in (
                     (f"tokenizer: fit, {len(text) / 1e7:.1f} MB",
@@ -566,7 +566,7 @@ def scale() -> None:
         longer = {"T": 4 * shape["T"], "B": shape["B"] // 4}  # as many tokens in a batch
         for grown, change in (("", {}), ("context x4", longer), ("text x10", {}),
                               ("layers x4", {"layers": 4 * shape["layers"]})):
-            ids = f"{folder}/{grown if 'text' in grown else ''}.npy"
+            ids = f"{folder}/{len(text) if grown == 'text x10' else len(text) // 10}.npy"
             setup = f"import bench\nmodel, batches = bench.scaled({ids!r}, **{shape | change})"
             for step, work in (
                     ("train: 50,000 tokens", "bench.fit_steps(model, batches, 98, 'auto')()"),
