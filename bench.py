@@ -644,7 +644,8 @@ def learn(text: str, settings: dict, path: str, start: float) -> dict:
     if "seconds" in s:
         trial = fit_steps(GPT(*sizes), batches, 25, "auto")
         a_step = in_turn({"": trial}, 2)[""] / 25
-        s["steps"] = int(0.85 * (s["seconds"] - (time.time() - start)) / a_step)
+        # Over minutes the machines here were a fifth slower than in a trial; and it validates.
+        s["steps"] = int(0.77 * (s["seconds"] - (time.time() - start)) / a_step)
     torch.manual_seed(0)
     model = GPT(*sizes)
 
