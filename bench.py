@@ -540,6 +540,11 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)""")
     return seconds, rounded(own / 1e3), rounded(child / 1e3)
 
 
+def median_costs(setup: str, work: str) -> list[float]:
+    return [statistics.median(one) for one in zip(*(costs(setup, work) for _ in range(ROUNDS)),
+                                                  strict=True)]
+
+
 # ------------------------------------------------------------------ scale
 
 
@@ -559,7 +564,7 @@ def scale() -> None:
                      f"bpe.BPE({train.VOCAB_SIZE}).fit(bpe.read_text('{file}.txt')).save('{file}')"),
                     ("tokenizer: encode_file",
                      f"bpe.BPE.load('{file}').encode_file('{file}.txt', '{file}.npy')")):
-                seconds, own, worker = costs("import BPE as bpe", work)
+                seconds, own, worker = median_costs("import BPE as bpe", work)
                 rows.append({"step": step, "grown": grown, "seconds": seconds,
                              "mb": max(own, worker)})
         shape = {"T": train.MAX_SEQ_LEN, "B": train.BATCH_SIZE, "layers": train.NUM_LAYERS}
@@ -571,7 +576,7 @@ def scale() -> None:
             for step, work in (
                     ("train: 50,000 tokens", "bench.fit_steps(model, batches, 98, 'auto')()"),
                     ("generate: 1,000 tokens", "bench.generate_thousand(model)")):
-                seconds, own, _ = costs(setup, work)
+                seconds, own, _ = median_costs(setup, work)
                 rows.append({"step": step, "grown": grown, "seconds": seconds, "mb": own})
     rows.sort(key=lambda row: row["step"], reverse=True)
     base = {row["step"]: row for row in rows if not row["grown"]}
@@ -644,8 +649,8 @@ def learn(text: str, settings: dict, path: str, start: float) -> dict:
     if "seconds" in s:
         trial = fit_steps(GPT(*sizes), batches, 25, "auto")
         a_step = in_turn({"": trial}, 2)[""] / 25
-        # Over minutes the machines here were a fifth slower than in a trial; and it validates.
-        s["steps"] = int(0.77 * (s["seconds"] - (time.time() - start)) / a_step)
+        # It validates, too, and a machine may slow down meanwhile.
+        s["steps"] = int(0.85 * (s["seconds"] - (time.time() - start)) / a_step)
     torch.manual_seed(0)
     model = GPT(*sizes)
 
