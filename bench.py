@@ -574,8 +574,8 @@ def scale() -> None:
             ids = f"{folder}/{len(text) if grown == 'text x10' else len(text) // 10}.npy"
             setup = f"import bench\nmodel, batches = bench.scaled({ids!r}, **{shape | change})"
             for step, work in (
-                    ("train: 50,000 tokens", "bench.fit_steps(model, batches, 98, 'auto')()"),
-                    ("generate: 1,000 tokens", "bench.generate_thousand(model)")):
+                    ("train: 50000 tokens", "bench.fit_steps(model, batches, 98, 'auto')()"),
+                    ("generate: 1000 tokens", "bench.generate_thousand(model)")):
                 seconds, own, _ = median_costs(setup, work)
                 rows.append({"step": step, "grown": grown, "seconds": seconds, "mb": own})
     rows.sort(key=lambda row: row["step"], reverse=True)
