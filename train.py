@@ -599,6 +599,8 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
     for extra in (draw_losses, print_sample):
         try:
             extra(out, rows)
+        except ImportError:
+            say("no picture of the losses: it needs matplotlib (pip install matplotlib)")
         except Exception as error:  # a failed picture must not end a run
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
