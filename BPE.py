@@ -687,11 +687,12 @@ READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses sma
 WORKER_FLAG = "--bpe-worker"
 
 
-def cut(text: str) -> Iterator[str]:
+def cut(text: str, searched: int = 0) -> Iterator[str]:
     """Yields the text in pieces of about PIECE characters; no word crosses from one to the next, if
-    the pattern is one of KNOWN. What offers no place to cut (a single word) stays whole."""
+    the pattern is one of KNOWN. What offers no place to cut (a single word) stays whole. searched:
+    how many characters at the beginning are known to offer none."""
     begin = 0
-    while place := CUT.search(text, begin + PIECE):
+    while place := CUT.search(text, max(begin + PIECE, searched)):
         yield text[begin:place.start()]
         begin = place.start()
     yield text[begin:]
@@ -705,13 +706,14 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
         file.seek(start)
         while raw != b"":
             raw = file.read(READ_BYTES if stop is None else max(0, min(READ_BYTES, stop - start)))
-            undecoded = len(decoder.getstate()[0])
+            undecoded, searched = len(decoder.getstate()[0]), len(rest)
             try:
-                *pieces, rest = cut(rest + decoder.decode(raw, final=not raw))
+                rest += decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
                     f"({error.reason}): convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
+            *pieces, rest = cut(rest, searched)
             yield from pieces
             start += len(raw)
     if rest:

@@ -599,8 +599,6 @@ def finish(out: Path, rows: list[dict], stopped: list[int]) -> None:
     for extra in (draw_losses, print_sample):
         try:
             extra(out, rows)
-        except ImportError:
-            say("no picture of the losses: it needs matplotlib (pip install matplotlib)")
         except Exception as error:  # a failed picture must not end a run
             say(f"{extra.__name__} doesn't work here: {type(error).__name__}: {error}")
 
@@ -628,8 +626,11 @@ next                  python sample.py
 
 def draw_losses(out: Path, rows: list[dict]) -> None:
     """Draw both losses over tokens as loss.png, for white and dark pages."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # unlike pyplot, it has no global state
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure  # unlike pyplot, it has no global state
+    except ImportError:
+        return say("No picture: it needs matplotlib (pip install matplotlib)")
     tokens = [int(row["tokens"]) for row in rows]
     valid = [float(row["valid_loss"]) for row in rows]
     best = rows.index(best_of(rows))
