@@ -71,8 +71,9 @@ class GPT(nn.Module):
         self.sizes = {name: int(size) for name, size in sizes.items()} | {"dropout": float(dropout)}
         self.notes: dict = {}  # plain values that travel with the weights: save() keeps them
         self.stop_training = False  # set it, from anywhere, and fit stops after the current step
-        # GPT-1, section 4.1, uses N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768. A
-        # fixed 0.02 is too small for narrow models: 8 layers of E=128 got stuck with it on text.
+        # GPT-1, section 4.1, uses N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768, and
+        # there the two learn alike. In a narrow model 0.02 is too small: 3 layers of E=192 were
+        # stuck at a rate of 4e-3 (2.6 bits per byte after 250 steps, with this rule 1.92).
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
