@@ -349,7 +349,7 @@ def training() -> None:
         model = GPT(V, T, E, H, E // H, layers)
         weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
         flops = (6 * weights + 12 * layers * E * T) * T * B  # a step, forward and backward
-        steps = max(8, round(1.6e11 / flops))  # fit makes a new optimizer each time: not too few
+        steps = max(8, round(4e11 / flops))  # fit makes a new optimizer each time: not too few
         with contextlib.ExitStack() as stack:
             seconds = in_turn({name: partial(stack.enter_context(own_process(
                 "trainer", name, V, T, B, E, H, layers)), steps) for name in names}, pause=0.3)
