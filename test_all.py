@@ -1924,7 +1924,7 @@ class TestTrain(RunCase):
                 resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
             atexit.register(lambda: print("faults:", faults[29] - faults[9]))
             """, EMB_SIZE=96, MAX_SEQ_LEN=64, BATCH_SIZE=16, MAX_STEPS=30, EVAL_EVERY=30))
-        # 500 a step and more without keep_memory; torch's other threads cause some with it, too
+        # 400 a step and more without keep_memory; torch's other threads cause some with it, too
         self.assertLess(int(re.search(r"faults: (\d+)", faults)[1]), 20 * 200)
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no such signals")
