@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from Attention import KVCache
 from Decoder import Decoder
-from Embeddings import PositionalEmbeddings, TokenEmbeddings, check_ids, whole_number
+from Embeddings import PositionalEmbeddings, TokenEmbeddings, check_ids
 
 FORMAT = 1  # of the files that save() and fit(checkpoint=...) write
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,16 +59,19 @@ class GPT(nn.Module):
                  head_size: int, num_layers: int, dropout: float = 0.1,
                  device: torch.device | str = "cpu"):
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "emb_size": emb_size,
+                 "num_heads": num_heads, "head_size": head_size, "num_layers": num_layers}
+        sizes = {name: whole_number(name, size) for name, size in sizes.items()}
+        if check_number("dropout", dropout, zero=True) >= 1:
+            raise ValueError(f"dropout={dropout!r}: pick a share from 0 up to, not including, 1")
         self.token_embeddings = TokenEmbeddings(vocab_size, emb_size)
         self.positional_embeddings = PositionalEmbeddings(max_seq_len, emb_size)
         self.decoders = nn.ModuleList(Decoder(num_heads, emb_size, head_size, max_seq_len, dropout)
-                                      for _ in range(whole_number("num_layers", num_layers)))
+                                      for _ in range(num_layers))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(emb_size, vocab_size)
-        sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "emb_size": emb_size,
-                 "num_heads": num_heads, "head_size": head_size, "num_layers": num_layers}
         # The constructor's arguments, as plain numbers: save() stores them, load() uses them.
-        self.sizes = {name: int(size) for name, size in sizes.items()} | {"dropout": float(dropout)}
+        self.sizes = sizes | {"dropout": float(dropout)}
         self.notes: dict = {}  # plain values that travel with the weights: save() keeps them
         self.stop_training = False  # set it, from anywhere, and fit stops after the current step
         # GPT-1, section 4.1, uses N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768, and
@@ -541,6 +544,13 @@ def sum_over_ranks(device: torch.device, *values: float) -> tuple[float, ...]:
         dist.all_reduce(summed)
         values = tuple(summed.tolist())
     return values
+
+
+def whole_number(name: str, value: int, at_least: int = 1) -> int:
+    """The value as an int. ValueError, naming it, unless it is a whole number, at_least or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"{name}={value!r}: pick a whole number, {at_least} or more")
+    return int(value)  # numpy's whole numbers are Integral, too
 
 
 def check_number(name: str, value: float, zero: bool = False, infinite: bool = False) -> float:
