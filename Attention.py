@@ -14,8 +14,6 @@ Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H 
 D head_size, V vocab_size.
 """
 
-from numbers import Integral, Real
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,11 +84,8 @@ class HeadAttention(nn.Module):
 
     def __init__(self, emb_size: int, head_size: int, max_seq_len: int, num_heads: int = 1):
         super().__init__()
-        self.num_heads = whole_number("num_heads", num_heads)
-        self.head_size = whole_number("head_size", head_size)
-        self.max_seq_len = whole_number("max_seq_len", max_seq_len)
-        emb_size = whole_number("emb_size", emb_size)
-        self.qkv = nn.Linear(emb_size, 3 * self.num_heads * self.head_size)  # Q, K, V in one go
+        self.num_heads, self.head_size, self.max_seq_len = num_heads, head_size, max_seq_len
+        self.qkv = nn.Linear(emb_size, 3 * num_heads * head_size)  # Q, K, V in one go
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, H·D). With a cache, x holds the T tokens after the cached ones.
@@ -108,7 +103,7 @@ class HeadAttention(nn.Module):
             # torch's fused CPU kernel has a slow backward pass in bfloat16: the formula is faster
             out, _ = attention(q, k, v, causal_mask(T, S, like=q))
         elif T == S:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # a single new token may look at everything
             mask = causal_mask(T, S, like=q) if T > 1 else None
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -140,8 +135,6 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, num_heads: int, emb_size: int, head_size: int, max_seq_len: int,
                  dropout: float = 0.1):
         super().__init__()
-        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
-            raise ValueError(f"dropout={dropout!r}: pick a share from 0 up to, not including, 1")
         self.heads = HeadAttention(emb_size, head_size, max_seq_len, num_heads)
         self.linear = nn.Linear(num_heads * head_size, emb_size)
         self.dropout = nn.Dropout(dropout)
@@ -158,42 +151,6 @@ class MultiHeadAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Who looks at whom: (B, T, E) -> (B, H, T, T)."""
         return self.heads.weights(x)
-
-
-def whole_number(name: str, value: int) -> int:
-    """The value as an int. ValueError, naming it, unless it is a whole number, 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r}: pick a whole number, 1 or more")
-    return int(value)  # numpy's whole numbers are Integral, too
-
-
-def draw_attention(weights: Tensor, labels: list[str], path: str, title: str) -> None:
-    """Draw the weights of all heads of one layer, (H, T, T), side by side; labels: the T tokens."""
-    try:
-        from matplotlib import colors, rc_context
-        from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
-    except ImportError:
-        return print("No picture: it needs matplotlib (pip install matplotlib)")
-    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
-    blue = colors.LinearSegmentedColormap.from_list("", ["#2f81f700", "#2f81f7ff"])
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    columns = min(len(weights), 3)
-    rows, side = -(-len(weights) // columns), max(2.3, 0.16 * len(labels))  # inches
-    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 11, "text.parse_math": False}):
-        figure = Figure(figsize=(columns * side + 1.4, rows * side + 1.2), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for n, axes in enumerate(grid.flat):
-            axes.set_axis_off() if n >= len(weights) else axes.set_title(f"head {n + 1}")
-        for axes, head in zip(grid.flat, weights, strict=False):
-            image = axes.imshow(head.tolist(), cmap=blue, vmin=0, vmax=1)
-            axes.set_xticks(range(len(labels)), labels, rotation=90, family="monospace")
-            axes.set_yticks(range(len(labels)), labels, family="monospace")
-        figure.suptitle(title)
-        figure.supxlabel("key: the token attended to")
-        figure.supylabel("query: the token that attends")
-        figure.colorbar(image, ax=grid, label="weight", shrink=0.6, aspect=40)
-        figure.savefig(path, dpi=150, transparent=True)
-    print(f"drawn: {path}")
 
 
 def demo() -> None:

@@ -12,8 +12,6 @@ Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H 
 D head_size, V vocab_size.
 """
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 
@@ -27,22 +25,18 @@ class TokenEmbeddings(nn.Module):
 
     def __init__(self, vocab_size: int, emb_size: int):
         super().__init__()
-        self.embedding = nn.Embedding(whole_number("vocab_size", vocab_size),
-                                      whole_number("emb_size", emb_size))
+        self.embedding = nn.Embedding(vocab_size, emb_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """ids (B, T), int64 or int32 -> vectors (B, T, E). ValueError for ids outside 0 … V-1.
+        """ids (B, T) of any integer type -> vectors (B, T, E). ValueError for ids outside 0 … V-1.
 
         >>> TokenEmbeddings(vocab_size=10, emb_size=4)(torch.tensor([[1, 2, 1]])).shape
         torch.Size([1, 3, 4])
         """
-        if x.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"ids of dtype {x.dtype}: token ids are whole numbers; use x.long()")
         try:
             return self.embedding(x)  # (B, T) -> (B, T, E)
-        except IndexError:  # free as long as the ids are right; on a GPU check_ids must come first
-            check_ids(x, self.embedding.num_embeddings)
-            raise
+        except (IndexError, RuntimeError):  # free while ids are right; on a GPU check_ids first
+            return self.embedding(check_ids(x, self.embedding.num_embeddings))
 
 
 class PositionalEmbeddings(nn.Module):
@@ -54,8 +48,7 @@ class PositionalEmbeddings(nn.Module):
 
     def __init__(self, max_seq_len: int, emb_size: int):
         super().__init__()
-        self.embedding = nn.Embedding(whole_number("max_seq_len", max_seq_len),
-                                      whole_number("emb_size", emb_size))
+        self.embedding = nn.Embedding(max_seq_len, emb_size)
 
     def forward(self, seq_len: int, start: int = 0) -> Tensor:
         """The vectors of the positions start … start+seq_len-1: (T, E).
@@ -75,13 +68,6 @@ class PositionalEmbeddings(nn.Module):
         return self.embedding.weight[start : start + seq_len]  # rows of a table: (T, E)
 
 
-def whole_number(name: str, value: int, at_least: int = 1) -> int:
-    """The value as an int. ValueError, naming it, unless it is a whole number, at_least or more."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"{name}={value!r}: pick a whole number, {at_least} or more")
-    return int(value)  # numpy's whole numbers are Integral, too
-
-
 def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """The ids as int64. ValueError if there are none, or some are not in the vocabulary."""
     if ids.numel() == 0:
@@ -94,28 +80,6 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
         raise ValueError(f"id {low if low < 0 else high}: the vocabulary has the ids 0 to "
                          f"{vocab_size - 1}; encode the text with the model's own tokenizer")
     return ids
-
-
-def draw_similarity(vectors: Tensor, path: str) -> None:
-    """Draw how similar the vectors of any two positions are (cosine, -1 … 1). vectors: (T, E)."""
-    try:
-        from matplotlib import colors, rc_context
-        from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
-    except ImportError:
-        return print("No picture: it needs matplotlib (pip install matplotlib)")
-    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
-    ends = ["#d73a49ff", "#80808000", "#2f81f7ff"]  # -1, 0, 1
-    red_blue = colors.LinearSegmentedColormap.from_list("", ends)
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
-        unit = nn.functional.normalize(vectors.float(), dim=1)
-        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow((unit @ unit.T).tolist(), cmap=red_blue, vmin=-1, vmax=1)
-        axes.set(title="How alike are two positions?", xlabel="position", ylabel="position")
-        figure.colorbar(image, label="cosine of their learned vectors")
-        figure.savefig(path, dpi=150, transparent=True)
-    print(f"drawn: {path}")
 
 
 def demo() -> None:

@@ -9,8 +9,6 @@ GPT-1 used GELU, which is one of the exercises.
 Does not know: positions, heads, other tokens. Needs: torch. Copy this file alone and it works.
 """
 
-from numbers import Integral, Real
-
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +21,6 @@ class FeedForward(nn.Module):
 
     def __init__(self, emb_size: int, dropout: float = 0.1):
         super().__init__()
-        if isinstance(emb_size, bool) or not isinstance(emb_size, Integral) or emb_size < 1:
-            raise ValueError(f"emb_size={emb_size!r}: pick a whole number, 1 or more")
-        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
-            raise ValueError(f"dropout={dropout!r}: pick a share from 0 up to, not including, 1")
         self.expand = nn.Linear(emb_size, 4 * emb_size)
         self.contract = nn.Linear(4 * emb_size, emb_size)
         self.dropout = nn.Dropout(dropout)
