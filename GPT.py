@@ -9,21 +9,24 @@ That is GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generat
 section 3.1, equations 1 and 2), with three deviations: ReLU instead of GELU, a separate last
 layer instead of the reused token table, and no dropout on the attention weights.
 
-Does not know: text, bytes, tokenizer, data files, signals. Needs: torch, tqdm, Embeddings.py,
+Does not know: text, bytes, tokenizer, data files, signals, CSV. Needs: torch, tqdm, Embeddings.py,
 Decoder.py (and with it Attention.py and FFN.py).
 
 Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H num_heads,
 D head_size, V vocab_size.
 """
 
+import functools
+import hashlib
 import math
 import os
+import sys
 import time
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
+from io import BytesIO
+from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -40,7 +43,6 @@ from Embeddings import PositionalEmbeddings, TokenEmbeddings, check_ids
 
 FORMAT = 1  # of the files that save() and fit(checkpoint=...) write
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 class GPT(nn.Module):
@@ -61,19 +63,19 @@ class GPT(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "emb_size": emb_size,
                  "num_heads": num_heads, "head_size": head_size, "num_layers": num_layers}
-        sizes = {name: whole_number(name, size) for name, size in sizes.items()}
-        if check_number("dropout", dropout, zero=True) >= 1:
-            raise ValueError(f"dropout={dropout!r}: pick a share from 0 up to, not including, 1")
-        self.token_embeddings = TokenEmbeddings(vocab_size, emb_size)
-        self.positional_embeddings = PositionalEmbeddings(max_seq_len, emb_size)
-        self.decoders = nn.ModuleList(Decoder(num_heads, emb_size, head_size, max_seq_len, dropout)
-                                      for _ in range(num_layers))
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(emb_size, vocab_size)
         # The constructor's arguments, as plain numbers: save() stores them, load() uses them.
-        self.sizes = sizes | {"dropout": float(dropout)}
+        self.sizes: dict = {name: whole_number(name, size) for name, size in sizes.items()}
+        if (dropout := check_number("dropout", dropout, zero=True)) >= 1:
+            raise ValueError(f"dropout={dropout}: pick a share from 0 up to, not including, 1")
+        self.sizes["dropout"] = dropout
         self.notes: dict = {}  # plain values that travel with the weights: save() keeps them
         self.stop_training = False  # set it, from anywhere, and fit stops after the current step
+        self.token_embeddings = TokenEmbeddings(vocab_size, emb_size)
+        self.positional_embeddings = PositionalEmbeddings(max_seq_len, emb_size)
+        self.dropout = nn.Dropout(dropout)
+        self.decoders = nn.ModuleList(Decoder(num_heads, emb_size, head_size, max_seq_len, dropout)
+                                      for _ in range(num_layers))
+        self.linear = nn.Linear(emb_size, vocab_size)
         # GPT-1, section 4.1, uses N(0, 0.02) everywhere: about 0.5/sqrt(E) at its width of 768, and
         # there the two learn alike. In a narrow model 0.02 is too small: 3 layers of E=192 were
         # stuck at a rate of 4e-3 (2.6 bits per byte after 250 steps, with this rule 1.92).
@@ -178,9 +180,12 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------ training
 
     def make_optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        """What fit trains with; the one place to change the optimizer. Any of torch's will do.
+        """What fit trains with; the one place to change the optimizer.
 
-        fit moves each group's rate along the schedule, in proportion to its value here.
+        fit moves each group's rate along the schedule, in proportion to its value here. Of torch's
+        optimizers all will do but LBFGS, which needs a closure, and SparseAdam, which needs sparse
+        gradients. Two wrapped in one must keep `param_groups`, `state` and torch's own form of
+        state_dict, or the run can't be resumed.
         AdamW: Loshchilov and Hutter 2019; no decay of biases and norms, as in GPT-1, section 4.1;
         betas: small batches are noisy (train.py: 0.02 bits per byte better with 0.99 than 0.95).
         """
@@ -215,50 +220,62 @@ class GPT(nn.Module):
         learning_rate: the peak of learning_rate_at, or a function step -> rate. warmup_steps: None:
         10 % of the run, at least 100; never more than half. weight_decay: see make_optimizer.
         grad_clip: the largest norm of the gradient. accumulate: batches in a step. eval_every:
-        steps between validations; each epoch ends with one, too. dtype: "fp32", "bf16" (autocast;
-        the weights stay fp32) or "auto". compile: use torch.compile, if that works here.
-        checkpoint: a file, written at each validation; if it exists, training resumes from it, bit
-        for bit in fp32 on the CPU (within an epoch if train_loader has batch(k), as Batches has;
-        otherwise from the last epoch's end). Arguments that differ from the file's are printed.
+        steps between validations; None: one pass. The last step and a stop validate, too. dtype:
+        "fp32", "bf16" (autocast; the weights stay fp32) or "auto". compile: use torch.compile.
+        checkpoint: a file, written at each validation; if it exists, training resumes from it, in
+        fp32 on the CPU bit for bit if train_loader has batch(k), which gives batch k of an endless
+        stream (as Batches does); any other loader begins a new pass. The optimizer's settings come
+        from the file; all other arguments count as they are given.
         on_eval: called at each validation, before the checkpoint, with a dict: step, tokens,
         train_loss, valid_loss, best (True: none was lower), learning_rate, tokens_per_second.
 
         In a process group (torchrun) each rank trains on its own batches. ValueError for arguments
-        or ids out of range; FloatingPointError, before the step, if loss or gradient isn't finite.
+        or ids out of range, a model that isn't fp32, a checkpoint whose weights or optimizer don't
+        fit; FloatingPointError, before the step, if loss or gradient isn't finite.
         """
         accumulate = whole_number("accumulate", accumulate)
-        whole_number("eval_every", 1 if eval_every is None else eval_every)
         grad_clip = check_number("grad_clip", grad_clip, infinite=True)
-        total_steps = count_steps(train_loader, num_epochs, accumulate, max_steps)
-        rate_at, peak = make_schedule(learning_rate, warmup_steps, total_steps)
+        weight_decay = check_number("weight_decay", weight_decay, zero=True)
+        pass_steps = -(-len(train_loader) // accumulate) if hasattr(train_loader, "__len__") else 0
+        if max_steps is None and not pass_steps:
+            raise ValueError("max_steps=None: set it, the train_loader has no length or no batch")
+        total_steps = whole_number("num_epochs", num_epochs) * pass_steps
+        if max_steps is not None:
+            total_steps = whole_number("max_steps", max_steps)
+        if eval_every is None:
+            eval_every = pass_steps or total_steps
+        eval_every = whole_number("eval_every", eval_every)
+        if any(torch.finfo(p.dtype).bits < 32 for p in self.parameters() if p.requires_grad):
+            raise ValueError("the weights are bf16 or fp16, too coarse for small steps: load the "
+                             'model with dtype="fp32"; fit(dtype="bf16") computes in bf16')
         dtype, (rank, ranks) = pick_dtype(self.device, dtype), process_rank()
-        optimizer = self.make_optimizer(peak, check_number("weight_decay", weight_decay, zero=True))
-        rates = [group["lr"] for group in optimizer.param_groups]  # at the peak of the schedule
+        rates = schedule(learning_rate, warmup_steps, total_steps)
+        optimizer = self.make_optimizer(max(rates), weight_decay)
+        shares = [group["lr"] / max(rates) for group in optimizer.param_groups]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        settings = describe(self, optimizer, learning_rate=learning_rate, num_epochs=num_epochs,
-                            max_steps=max_steps, warmup_steps=warmup_steps, grad_clip=grad_clip,
-                            accumulate=accumulate, eval_every=eval_every, dtype=dtype, ranks=ranks)
-        run = {"step": 0, "epoch": 0, "batch": 0, "tokens": 0, "loss_sum": 0.0, "loss_steps": 0,
-               "train_losses": [], "valid_losses": []}  # all that resuming needs
+        run = {"step": 0, "tokens": 0, "train_losses": [], "valid_losses": []}
         if checkpoint is not None:
-            resume(checkpoint, self, optimizer, settings, run)
-        net, (stop,) = None, sum_over_ranks(self.device, self.stop_training)
-        steps = step_batches(train_loader, run["epoch"], run["batch"], accumulate)
+            load_checkpoint(checkpoint, self, optimizer, run)
+        net = torch.compile(self) if compile else self
+        if ranks > 1:  # its backward averages the gradients over the ranks
+            net = nn.parallel.DistributedDataParallel(
+                net, device_ids=[self.device] if self.device.type == "cuda" else None)
+        stream = endless(train_loader, first=run["step"] * accumulate)
+        (stop,) = sum_over_ranks(self.device, self.stop_training)
+        losses, clock, tokens_before = [], time.perf_counter(), run["tokens"]
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
                    disable=None if rank == 0 else True)  # None: only on a terminal
-        clock, tokens_before = time.perf_counter(), run["tokens"]
         self.zero_grad()  # whatever an interrupted step, say, left there
+        for p in trained:  # GPT.load lays weights out for generation
+            p.data = p.data.contiguous()
         with bar, in_mode(self.modules(), train=True):
             while run["step"] < total_steps and not stop:
                 # batch
-                batches, epoch_ends = next(steps)
-                if net is None:  # the first batch is needed to try torch.compile
-                    net = wrap(self, compile, batches[0], dtype)
-                # forward and loss (see GPT.loss), backward; the last backward of a step averages
-                # the gradient over the ranks (see wrap)
+                batches = [next(stream) for _ in range(accumulate)]
                 tokens, total = sum(y.numel() for _, y in batches), 0.0
+                # loss, backward: the last backward of a step averages over the ranks
                 for n, (x, y) in enumerate(batches, start=1):
-                    with net.no_sync() if ranks > 1 and n < len(batches) else nullcontext():
+                    with net.no_sync() if ranks > 1 and n < accumulate else nullcontext():
                         loss = self.loss(x, y, dtype, net) / tokens
                         loss.backward()
                     total += loss.detach()
@@ -272,44 +289,48 @@ class GPT(nn.Module):
                         f"weights are those of step {run['step']}. Lower the learning rate, "
                         f"lengthen the warm-up, or check the data")
                 # step
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate / peak * rate_at(run["step"])
+                rate = rates[run["step"]]
+                for group, share in zip(optimizer.param_groups, shares, strict=True):
+                    group["lr"] = share * rate
                 optimizer.step()
                 self.zero_grad()
                 run["step"] += 1
                 run["tokens"] += tokens * ranks
-                run["loss_sum"] += train_loss
-                run["loss_steps"] += 1
-                run["epoch"], run["batch"] = ((run["epoch"] + 1, 0) if epoch_ends else
-                                              (run["epoch"], run["batch"] + len(batches)))
+                losses.append(train_loss)
                 speed = (run["tokens"] - tokens_before) / (time.perf_counter() - clock)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 # validate
-                done = run["step"] == total_steps
-                validate = epoch_ends or done or eval_every and run["step"] % eval_every == 0
-                if validate:
-                    metrics = evaluate(self, valid_loader, dtype, run)
-                    if on_eval is not None and rank == 0:
-                        on_eval(metrics | {"learning_rate": rate_at(run["step"] - 1),
-                                           "tokens_per_second": speed})
-                # checkpoint
                 (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
-                resumable = epoch_ends or done or hasattr(train_loader, "batch")
-                if checkpoint is not None and (validate or stop) and resumable:
-                    save_checkpoint(checkpoint, self, optimizer, settings, run)
-                if validate:
-                    clock, tokens_before = time.perf_counter(), run["tokens"]
+                if not (stop or run["step"] == total_steps or run["step"] % eval_every == 0):
+                    continue
+                loss_sum, steps = sum_over_ranks(self.device, sum(losses), len(losses))
+                train_loss, valid_loss = loss_sum / steps, evaluate(self, valid_loader, dtype)
+                best = valid_loss < min(filter(math.isfinite, run["valid_losses"]),
+                                        default=math.inf)
+                run["train_losses"].append(train_loss)
+                run["valid_losses"].append(valid_loss)
+                try:
+                    if on_eval is not None and rank == 0:
+                        on_eval({"step": run["step"], "tokens": run["tokens"],
+                                 "train_loss": train_loss, "valid_loss": valid_loss,
+                                 "best": best, "learning_rate": rate, "tokens_per_second": speed})
+                finally:  # an error in on_eval costs no steps
+                    # checkpoint
+                    if checkpoint is not None:
+                        save_checkpoint(checkpoint, self, optimizer, run)
+                (stop,) = sum_over_ranks(self.device, self.stop_training)
+                losses, clock, tokens_before = [], time.perf_counter(), run["tokens"]
         self.stop_training = False
         return run["train_losses"], run["valid_losses"]
 
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write weights, constructor arguments and notes to one file. OSError if it fails;
-        ValueError, naming the key, for a note that couldn't be read back."""
-        write_file(path, {"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
-                          "weights": self.state_dict()})
+        """Write weights, constructor arguments and notes to one file, whole or not at all. OSError
+        if it fails; ValueError, naming the key, for a note that couldn't be read back."""
+        write_file(path, {"sizes": self.sizes, "notes": self.notes, "weights": self.state_dict(),
+                          "code": code_of(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu",
@@ -318,7 +339,8 @@ class GPT(nn.Module):
 
         dtype="bf16" halves the bytes of the weights, for generation; it is also faster where the
         hardware has bf16 natively (elsewhere long prompts are slow). ValueError if the file is
-        damaged or of another model, FileNotFoundError if it isn't there.
+        damaged or of another model, FileNotFoundError if it isn't there. A line on stderr if the
+        model's code was edited since.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: pick one of {', '.join(DTYPES)}")
@@ -328,8 +350,7 @@ class GPT(nn.Module):
                 model = cls(**saved["sizes"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: its constructor arguments are wrong: {error}") from None
-        check_weights(path, saved, model)
-        model.load_state_dict(saved["weights"])
+        load_weights(path, saved, model)
         model.notes = saved["notes"]
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         if model.device.type == "cpu" and dtype == "fp32":
@@ -383,108 +404,71 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     probabilities = logits.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # that of all better ones
-    return logits.masked_fill(before >= p, -math.inf)
+    # 1e-6: the rounding of fp32, in which 0.5 + 0.3 may miss p = 0.8. The best one always stays.
+    return logits.masked_fill((before >= p - 1e-6) & (before > 0), -math.inf)
 
 
 # ---------------------------------------------------------------------- training: what fit calls
 
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine from the peak to 10 % of it (GPT-1, section 4.1, went to 0).
+    """Linear warm-up, then a cosine from the peak to 10 % of it (GPT-1, section 4.1, went to 0),
+    where it stays.
 
-    >>> [round(learning_rate_at(step, 1.0, 2, 6), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232]
+    >>> [round(learning_rate_at(step, 1.0, 2, 6), 3) for step in range(8)]
+    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    progress = min(1, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_schedule(learning_rate: float | Callable[[int], float], warmup_steps: int | None,
-                  total_steps: int) -> tuple[Callable[[int], float], float]:
-    """fit's arguments, checked -> (a function step -> rate, its peak)."""
+def schedule(learning_rate: float | Callable[[int], float], warmup_steps: int | None,
+             total_steps: int) -> list[float]:
+    """fit's arguments, checked -> the rate of each step. ValueError for one out of range."""
     if callable(learning_rate):
         rates = [check_number(f"learning_rate({step})", learning_rate(step), zero=True)
                  for step in range(total_steps)]
-        return rates.__getitem__, check_number("the peak of learning_rate", max(rates))
+        check_number("the peak of learning_rate", max(rates))
+        return rates
     peak = check_number("learning_rate", learning_rate)
     if warmup_steps is None:
         warmup_steps = max(100, total_steps // 10)
     warmup_steps = min(whole_number("warmup_steps", warmup_steps, at_least=0), total_steps // 2)
-    return lambda step: learning_rate_at(step, peak, warmup_steps, total_steps), peak
+    return [learning_rate_at(step, peak, warmup_steps, total_steps) for step in range(total_steps)]
 
 
-def count_steps(loader: Iterable, num_epochs: int, accumulate: int, max_steps: int | None) -> int:
-    """The steps of a run. ValueError for arguments out of range."""
-    whole_number("num_epochs", num_epochs)
-    if max_steps is not None:
-        return whole_number("max_steps", max_steps)
-    try:
-        steps = int(num_epochs) * -(-len(loader) // accumulate)
-    except TypeError:
-        raise ValueError("max_steps=None: set it, as the train_loader has no length") from None
-    if steps == 0:
-        raise ValueError("the train_loader is empty: give it more text or smaller batches")
-    return steps
-
-
-def step_batches(loader: Iterable, epoch: int, first: int,
-                 accumulate: int) -> Iterator[tuple[list[tuple[Tensor, Tensor]], bool]]:
-    """From batch `first` of an epoch on, endlessly: the batches of one step, and whether they
-    end the epoch. No step crosses epochs; the last of an epoch may have fewer batches."""
+def endless(loader: Iterable, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches from number `first` on, endlessly; a loader without batch(k) begins a pass."""
+    if hasattr(loader, "batch"):
+        yield from map(loader.batch, count(first))
     while True:
-        if hasattr(loader, "batch"):
-            n = len(loader)
-            batches = map(loader.batch, range(epoch * n + first, (epoch + 1) * n))
-        else:
-            batches = islice(loader, first, None)
-        following = list(islice(batches, accumulate))
-        if not following and first == 0:
-            raise ValueError(f"no batch from the train_loader in epoch {epoch + 1}: a generator "
-                             f"can be read only once; give a list or a DataLoader")
-        while following:
-            current, following = following, list(islice(batches, accumulate))
-            yield current, not following
-        epoch, first = epoch + 1, 0
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("no batch from the train_loader: it is empty, or a generator, which "
+                             "can be read only once; give a list or a DataLoader")
 
 
-def wrap(model: GPT, compile: bool, batch: tuple[Tensor, Tensor], dtype: str) -> nn.Module:
-    """What a step calls: the model, compiled if that works on this batch, shared by the ranks."""
-    net = model
-    if compile:
-        try:
-            net = torch.compile(model)
-            with fork_rng(gpus(model)):  # the trial must use up no random numbers
-                model.loss(*batch, dtype, net).backward()
-        except Exception as error:  # whatever a compiler may throw
-            net, why = model, (str(error) or type(error).__name__).splitlines()[0]
-            print(f"torch.compile doesn't work here, training without it: {why}")
-        model.zero_grad()
-    if process_rank()[1] > 1:  # its backward averages the gradients over the ranks
-        net = nn.parallel.DistributedDataParallel(net, device_ids=gpus(model) or None)
-    return net
-
-
-def evaluate(model: GPT, valid_loader: Iterable, dtype: str, run: dict) -> dict:
-    """Add the mean losses of training and validation, nats per token, to the run; return them."""
-    loss, tokens, bar_off = 0.0, 0, None if process_rank()[0] == 0 else True
-    with in_mode(model.modules(), train=False), torch.no_grad(), fork_rng(gpus(model)):
-        for x, y in tqdm(valid_loader, desc="validate", leave=False, disable=bar_off):
-            if y.numel():
+@torch.no_grad()
+def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
+    """The mean loss over all batches of all ranks, nats per token. Modes and random state stay."""
+    loss, tokens = 0.0, 0
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with in_mode(model.modules(), train=False), fork_rng(gpus):
+        for x, y in tqdm(valid_loader, desc="validate", leave=False,
+                         disable=None if process_rank()[0] == 0 else True):
+            if y.numel():  # of a last, short batch a rank may get nothing
                 loss += model.loss(x, y, dtype).item()
                 tokens += y.numel()
-    loss, tokens, train_loss, steps = sum_over_ranks(model.device, loss, tokens, run["loss_sum"],
-                                                     run["loss_steps"])
+    loss, tokens = sum_over_ranks(model.device, loss, tokens)
     if not tokens:
         raise ValueError("no batch from the valid_loader: the held-out text is too short, or it is "
                          "a generator, which can be read only once; give a list or a DataLoader")
-    best = loss / tokens < min(filter(math.isfinite, run["valid_losses"]), default=math.inf)
-    run["train_losses"].append(train_loss / steps)
-    run["valid_losses"].append(loss / tokens)
-    run["loss_sum"], run["loss_steps"] = 0.0, 0
-    return {"step": run["step"], "tokens": run["tokens"], "train_loss": run["train_losses"][-1],
-            "valid_loss": run["valid_losses"][-1], "best": best}
+    return loss / tokens
 
 
 def pick_device(device: str = "auto") -> str:
@@ -526,11 +510,6 @@ def in_mode(modules: Iterable[nn.Module], train: bool) -> Iterator[None]:
             module.training = not train
 
 
-def gpus(model: nn.Module) -> list[torch.device]:
-    """The CUDA device that the model is on, as the list that torch wants; else an empty one."""
-    return [model.device] if model.device.type == "cuda" else []
-
-
 def process_rank() -> tuple[int, int]:
     """(rank, ranks) in a process group such as torchrun's; (0, 1) without one."""
     grouped = dist.is_available() and dist.is_initialized()
@@ -564,101 +543,100 @@ def check_number(name: str, value: float, zero: bool = False, infinite: bool = F
 # ---------------------------------------------------------------------- checkpoints and files
 
 
-def describe(model: GPT, optimizer: torch.optim.Optimizer, **arguments: object) -> dict[str, str]:
-    """What defines a run, as text to compare: sizes, fit's arguments, the optimizer."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, name in names.items():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} is {parameter.dtype}, too coarse for small steps: load the "
-                             f'model with dtype="fp32"; fit(dtype="bf16") computes in bf16')
-    settings = {key: str(getattr(value, "__qualname__", value))  # of a function, its name
-                for key, value in (model.sizes | arguments).items()}
-    settings["optimizer"] = type(optimizer).__name__
-    for n, group in enumerate(optimizer.param_groups):
-        settings[f"parameters of group {n}"] = " ".join(names.get(p, "?") for p in group["params"])
-        settings |= {f"{key} of group {n}": str(value) for key, value in group.items()
-                     if key not in ("params", "lr")}
-    return settings
-
-
 def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
-                    settings: dict[str, str], run: dict) -> None:
+                    run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
     rank, ranks = process_rank()
-    state = {"losses": [run["loss_sum"], run["loss_steps"]], "cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(model.device)
     states = [state] * ranks
     if ranks > 1:
         dist.all_gather_object(states, state)
     if rank == 0:
-        write_file(path, {"format": FORMAT, "sizes": model.sizes, "notes": model.notes,
-                          "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "settings": settings, "ranks": states,
-                          "run": {key: run[key] for key in run if key[:5] != "loss_"}})
+        write_file(path, {"sizes": model.sizes, "notes": model.notes,
+                          "weights": model.state_dict(), "code": code_of(model),
+                          "optimizer": optimizer.state_dict(), "kind": kind_of(optimizer),
+                          "random_states": states, "run": run})
     if ranks > 1:
         dist.barrier()  # no rank looks for the file before it exists
 
 
-def resume(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
-           settings: dict[str, str], run: dict) -> None:
-    """Continue from a checkpoint, if it is there; prints in one line which settings differ.
-
-    ValueError, before anything is changed, if the file is damaged or its weights don't fit.
-    """
+def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
+                    run: dict) -> None:
+    """Resume from a checkpoint, if it is there. ValueError, before anything is changed, if the file
+    is damaged, or its weights or optimizer don't fit."""
     Path(f"{os.fspath(path)}.tmp").unlink(missing_ok=True)  # left by a killed save
     if not Path(path).exists():
         return
     saved, rank = read_file(path), process_rank()[0]
-    if "optimizer" not in saved:
-        raise ValueError(f"{path}: holds only a model, no training state, so it can't be "
+    if "random_states" not in saved:
+        raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    check_weights(path, saved, model)
-    was = saved["settings"]
-    changed = [key for key in was | settings if was.get(key) != settings.get(key)]
-    said = [f"{key} {settings.get(key)} (was {was.get(key)})"[:120] for key in changed]
-    model.load_state_dict(saved["weights"])
-    if any(key.startswith(("optimizer", "parameters")) for key in changed):
-        said.append("a fresh optimizer state")
-    else:
-        load_optimizer(optimizer, saved["optimizer"], changed)
-    if said and rank == 0:
-        print(f"{path}: resuming with {', '.join(said)}")
+    if saved["kind"] != kind_of(optimizer):
+        raise ValueError(f"{path}: its optimizer is {saved['kind']}, not {kind_of(optimizer)}: use "
+                         f"that one again, or give the checkpoint another name")
+    load_weights(path, saved, model)
+    optimizer.load_state_dict(saved["optimizer"])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, state in saved["optimizer"]["state"].items():  # torch has cast it to the weights' type
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                optimizer.state[trained[n]][key] = value.to(optimizer.state[trained[n]][key].device)
     run.update(saved["run"])
-    for state in saved["ranks"][rank : rank + 1]:  # none for a rank that is new
-        run["loss_sum"], run["loss_steps"] = state["losses"]
+    for state in saved["random_states"][rank : rank + 1]:  # none for a rank that is new
         torch.set_rng_state(state["cpu"])
         if model.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], model.device)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, changed: list[str]) -> None:
-    """Load the state exactly as saved, and the groups (in which an optimizer may count) except for
-    hyperparameters that were changed."""
-    now = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for n, (group, fresh) in enumerate(zip(optimizer.param_groups, now, strict=True)):
-        group.update({key: fresh[key] for key in fresh if f"{key} of group {n}" in changed})
-    # torch casts what it loads to the parameter's type, and its fused kernels assume that it has
-    # the parameter's memory layout.
-    for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for key, value in saved["state"].get(n, {}).items():
-            if isinstance(value, Tensor):
-                loaded = optimizer.state[p][key]
-                like = p if value.shape == p.shape else loaded
-                optimizer.state[p][key] = torch.empty_like(
-                    like, dtype=value.dtype, device=loaded.device).copy_(value)
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """What must be the same for its state to be loaded."""
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} with groups of {groups} parameters"
+
+
+def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
+    """Copy the file's weights into the model. ValueError, before anything is changed, naming those
+    that differ in name or shape. A line on stderr if the model's code was edited since."""
+    found, needed = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
+                     for weights in (saved["weights"], model.state_dict()))
+    if differ := [f"{name} is {found.get(name, 'missing')}, in the model it is "
+                  f"{needed.get(name, 'missing')}" for name in needed | found
+                  if found.get(name) != needed.get(name)]:
+        raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): "
+                         f"{'; '.join(differ[:4])}{'; …' * (len(differ) > 4)}. Build the model "
+                         f"that was saved, or use another file")
+    model.load_state_dict(saved["weights"])
+    if saved.get("code", code_of(model)) != code_of(model) and process_rank()[0] == 0:
+        print(f"{path}: the model's code was edited since this file was written", file=sys.stderr)
+
+
+def code_of(model: nn.Module) -> str:
+    """A hash of the source files that define the model's classes, torch's own left out."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in classes
+             if cls.__module__.partition(".")[0] not in ("torch", "builtins")}
+    return hashlib.sha256(b"".join(sorted(map(source, filter(None, files))))).hexdigest()
+
+
+@functools.cache  # the code that runs, even if its file is edited meanwhile
+def source(file: str) -> bytes:
+    return Path(file).read_bytes() if Path(file).is_file() else b""
 
 
 def write_file(path: str | os.PathLike, content: dict) -> None:
-    """Write a file whole or not at all: the old one stays until the new one is safe on the disk."""
-    check_plain(content)
+    """Write a file whole or not at all: the old one stays until the new one is safe on the disk and
+    has been read back."""
     temporary = Path(f"{os.fspath(path)}.tmp")
     try:
+        for key, note in content["notes"].items():
+            check_note(key, note)
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save({"format": FORMAT} | content, file)
             file.flush()
             os.fsync(file.fileno())
+        read_file(temporary, mmap=True)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; not saved", os.fspath(path)) from error
@@ -666,21 +644,18 @@ def write_file(path: str | os.PathLike, content: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_plain(value: object, name: str = "") -> None:
-    """ValueError, naming the key, for what read_file couldn't read back."""
-    if type(value) in (dict, OrderedDict):
-        for key in value:
-            check_plain(key, f"{name}: the key {key!r}")
-            check_plain(value[key], f"{name}[{key!r}]" if name else str(key))
-    elif type(value) in (list, tuple):
-        for n, item in enumerate(value):
-            check_plain(item, f"{name}[{n}]")
-    elif not isinstance(value, Tensor) and type(value) not in PLAIN:
-        raise ValueError(f"{name} is a {type(value).__name__} ({value!r:.99}), which couldn't be "
-                         f"read back: use Python's own types, float(x) or str(path), or a tensor")
+def check_note(key: str, note: object) -> None:
+    """ValueError if read_file couldn't read this note back."""
+    try:
+        torch.save(note, file := BytesIO())
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # whatever pickle or torch may throw
+        raise ValueError(f"notes[{key!r}] = {note!r:.99} couldn't be read back: use Python's own "
+                         f"types, float(x) or str(path), or a tensor") from None
 
 
-def read_file(path: str | os.PathLike) -> dict:
+def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:
     """Read what write_file wrote. No pickled code runs; the zip's CRC finds a flipped bit."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; train a model first (python train.py)")
@@ -688,7 +663,7 @@ def read_file(path: str | os.PathLike) -> dict:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"its part {damaged} is corrupted")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch and zipfile raise a dozen kinds on a broken file
         raise ValueError(f"{path}: damaged, or not a model file ({error!s:.300}); use another copy "
                          f"of it, or train again") from error
@@ -696,19 +671,6 @@ def read_file(path: str | os.PathLike) -> dict:
             {"sizes", "notes", "weights"} - content.keys()):
         raise ValueError(f"{path}: not a model file of format {FORMAT}; train again")
     return content
-
-
-def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """ValueError, naming them, if the file's weights and the model's differ in name or shape."""
-    found, expected = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
-                       for weights in (saved["weights"], model.state_dict()))
-    differ = [f"{name} is {found.get(name, 'missing')}, in the model it is "
-              f"{expected.get(name, 'missing')}" for name in expected | found
-              if found.get(name) != expected.get(name)]
-    if differ:
-        raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): "
-                         f"{'; '.join(differ[:4])}{'; …' * (len(differ) > 4)}. Build the model "
-                         f"that was saved, or use another file")
 
 
 def demo() -> None:
