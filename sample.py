@@ -106,8 +106,8 @@ def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
                   f"Layer {sharpest + 1} of {len(layers)}, with the sharpest attention",
                   "key: the token attended to", "query: the token that attends", labels, fonts)
     if hasattr(model, "positional_embeddings"):
-        vectors = model.positional_embeddings.embedding.weight.detach().float().cpu()  # (T, E)
-        unit = torch.nn.functional.normalize(vectors, dim=1)
+        vectors = model.positional_embeddings(model.sizes["max_seq_len"]).detach().cpu()  # (T, E)
+        unit = torch.nn.functional.normalize(vectors.float(), dim=1)
         draw_matrices((unit @ unit.T)[None], out / "positions.png", "cosine of their vectors",
                       "How alike are two positions?", "position", "position")
 

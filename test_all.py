@@ -16,6 +16,7 @@ import copy
 import csv
 import doctest
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -2041,32 +2042,40 @@ class TestTrain(RunCase):
 class TestSample(RunCase):
     def setUp(self):
         super().setUp()
-        self.trained("out", MAX_STEPS=20, EVAL_EVERY=20)
+        os.mkdir("out")
+        self.bpe = BPE(270, special_tokens=("<|end|>", "<|user|>")).fit(" ".join(WORDS * 2))
+        self.bpe.save("out/tokenizer.json")
+        self.end = self.bpe.special_tokens["<|end|>"]
+        model = tiny_gpt(vocab_size=len(self.bpe))
+        model.notes = {"metrics": [{"step": 10}, {"step": 20}], "tokenizer_sha256":
+                       hashlib.sha256(Path("out/tokenizer.json").read_bytes()).hexdigest()}
+        model.save("out/model.pt")
 
     def test_constants_do_what_they_say(self):
-        model, bpe = GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
-        end, state, seen = bpe.special_tokens["<|endoftext|>"], torch.get_rng_state(), set()
+        model, state, seen = GPT.load("out/model.pt"), torch.get_rng_state(), set()
         for changes in (dict(), dict(SEED=2), dict(TEMPERATURE=0), dict(TEMPERATURE=2.0),
-                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"),
+                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"), dict(PROMPT="\n"),
+                        dict(PROMPT="a<|user|>dog"), dict(PROMPT="<|end|>", MAX_NEW_TOKENS=9),
                         dict(NUM_SAMPLES=3), dict(MAX_NEW_TOKENS=7)):
             given = SAMPLE | changes
-            x = torch.tensor([bpe.encode(given["PROMPT"])] * given["NUM_SAMPLES"])
+            prompt = self.bpe.encode(given["PROMPT"], allow_special=True)
             ids = model.generate(
-                x, given["MAX_NEW_TOKENS"], True, given["TEMPERATURE"], given["TOP_K"],
-                given["TOP_P"], stop_token=end,
-                generator=torch.Generator().manual_seed(given["SEED"])).tolist()
-            ids = [row[: row.index(end)] if end in row else row for row in ids]
-            printed = self.sample(**changes)
-            first, *others = map(bpe.decode, ids)
+                torch.tensor([prompt] * given["NUM_SAMPLES"]), given["MAX_NEW_TOKENS"], True,
+                given["TEMPERATURE"], given["TOP_K"], given["TOP_P"], stop_token=self.end,
+                generator=torch.Generator().manual_seed(given["SEED"]))[:, len(prompt):].tolist()
+            ids = [row[: row.index(self.end)] if self.end in row else row for row in ids]
+            printed, shown = self.sample(**changes), given["PROMPT"].lstrip("\n")
+            first, *others = (shown + self.bpe.decode(row) for row in ids)
             self.assertTrue(printed.startswith(first + "\n"), changes)
             for text in others:
                 self.assertIn(f"\n{text}\n", printed)
-            made = sum(map(len, ids)) - x.numel()
-            self.assertIn(f"{made} tokens", printed)
+            self.assertIn(f"\n[{(made := sum(map(len, ids)))} tokens", printed)
             self.assertNotIn(text := (first, made), seen, f"{changes} changes nothing")
             seen.add(text)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        free = [self.sample(SEED=None, TEMPERATURE=2.0, PROMPT="").rsplit("[", 1)[0] for _ in "12"]
+        line, empty, *free = (self.sample(**changes).rsplit("[", 1)[0] for changes in (
+            dict(PROMPT="\n"), dict(PROMPT=""), *[dict(SEED=None, TEMPERATURE=2.0)] * 2))
+        self.assertEqual(line, empty)
         self.assertNotEqual(*free)  # a new text each time; odds of the same one: under 1e-10
 
     def shown(self, steps, **changes):
@@ -2087,8 +2096,7 @@ class TestSample(RunCase):
             sample.main()
             sys.stdout.flush()
             text = screen.getvalue().decode()
-        self.assertEqual(given["stop_token"],
-                         BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"])
+        self.assertEqual(given["stop_token"], self.end)  # the first special token
         return seen, text
 
     def test_what_can_be_read_when(self):
@@ -2097,21 +2105,89 @@ class TestSample(RunCase):
         seen, text = self.shown([[i] for i in tokens])
         self.assertEqual(seen, ["o"] * 4 + ["o🚀"] * 2 + ["o🚀é"] * 2)
         self.assertTrue(text.startswith("o🚀é\ufffd\n"))  # half a character was left at the end
-        end = BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"]
-        seen, text = self.shown([[104, 105], [105, end], [end, end]], NUM_SAMPLES=2)
+        seen, text = self.shown([[104, 105], [105, self.end], [self.end] * 2], NUM_SAMPLES=2)
         self.assertEqual(seen, ["o", "oh", "ohi"])
         self.assertRegex(text, r"^ohi\n-+\noi\n\n\[3 tokens")
         self.assertRegex(self.shown([[104], KeyboardInterrupt])[1], r"^oh\n\n\[1 tokens")  # Ctrl-C
 
-    def test_bad_input(self):
-        for pattern, changes in (
-            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
-            ("temperature=-1", dict(TEMPERATURE=-1)), ("num_samples=0", dict(NUM_SAMPLES=0)),
-            ("device='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+    def test_what_stderr_says(self):
+        model = GPT.load("out/model.pt")
+        tokenizer = {"tokenizer_sha256": model.notes["tokenizer_sha256"]}
+        for notes, prompt, *words in (
+            (model.notes, "a", "model.pt, step 20\n$"),
+            (model.notes, "a ", "model.pt, step 20\nPROMPT ends in a space.*\n$"),
+            (tokenizer, "\n", "model.pt\n$"),  # not from train.py
+            (tokenizer | {"start": [10], "settings": {"SEED": 1}}, "", "model.pt\n$"),  # older
         ):
-            self.assertFails(ValueError, pattern, self.sample, **changes)
-        self.assertFails(FileNotFoundError, "nowhere.*python train.py", self.sample,
-                         OUT_DIR="nowhere")
+            model.notes = notes
+            model.save("out/model.pt")
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                self.sample(PROMPT=prompt)
+            for word in words:
+                self.assertRegex(said.getvalue(), f"^model: {re.escape(str(Path('out')))}.{word}")
+
+    def test_bad_input(self):
+        for word, changes in (
+            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
+            ("temperature=-1", dict(TEMPERATURE=-1)), ("NUM_SAMPLES=0", dict(NUM_SAMPLES=0)),
+            ("DEVICE='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+        ):
+            with self.subTest(word), self.assertSays(ValueError, word):
+                self.sample(**changes)
+        with self.assertSays(FileNotFoundError, "nowhere", "python train.py"):
+            self.sample(OUT_DIR="nowhere")
+        BPE(270, special_tokens=("<|end|>", "<|user|>")).fit("another text").save(
+            "out/tokenizer.json")
+        with self.assertSays(ValueError, "tokenizer.json", "model.pt"):
+            self.sample()
+
+    def test_without_matplotlib(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.figure": None}):
+            self.assertRegex(self.sample(PICTURES=True), r"tokens/s\]\n.*pip install matplotlib")
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_pictures(self):
+        from matplotlib import image
+
+        names = {f"{name}.png" for name in ("tokens", "attention", "positions")}
+        for changes in (dict(), dict(PROMPT="cat | $x$ \u8eca"), dict(PROMPT="the cat " * 99),
+                        dict(PROMPT="", MAX_NEW_TOKENS=0)):
+            for name in names:
+                Path("out", name).unlink(missing_ok=True)
+            printed = self.sample(PICTURES=True, **changes)
+            for name in names:  # nothing behind it, and not all of it transparent
+                alpha = image.imread(f"out/{name}")[..., 3]
+                self.assertEqual((alpha[0, 0], alpha.max()), (0, 1), name)
+                self.assertIn(f"drawn: {Path('out', name)}\n", printed)
+
+        class WithoutPositions(GPT):
+            def hidden(self, x, cache=None):
+                return self.decoders[1](self.decoders[0](self.token_embeddings(x)))
+
+        without = tiny_gpt(WithoutPositions)
+        del without.positional_embeddings
+        for model, files in ((without, names - {"positions.png"}),
+                             (tiny_gpt(WithoutLearnedPositions), names)):
+            folder = Path(tempfile.mkdtemp(dir="."))
+            with contextlib.redirect_stdout(io.StringIO()):
+                sample.draw(model, self.bpe, [1, 2, 3], folder)
+            self.assertEqual(set(os.listdir(folder)), files)
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_fonts(self):
+        """Any installed font will do; matplotlib itself says which characters one lacks."""
+        from matplotlib.figure import Figure
+
+        for text, lacks in (("abc", ""), ("a\u2a00", ""), ("a\u2a00\U0010fffd", "\U0010fffd")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                fonts = sample.fonts_for(text)
+            self.assertRegex(out.getvalue(), f"no installed font has {lacks}: " if lacks else "^$")
+            figure = Figure()
+            figure.text(0.1, 0.5, text, family=fonts)
+            with warnings.catch_warnings(record=True) as missing:
+                warnings.simplefilter("always")
+                figure.savefig("fonts.png")
+            self.assertEqual(bool(missing), bool(lacks))
 
 
 class TestRunFolder(RunCase):
