@@ -16,6 +16,7 @@ import copy
 import csv
 import doctest
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -36,6 +37,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import tracemalloc
 import unicodedata
 import unittest
 import warnings
@@ -67,7 +69,7 @@ from BPE import (
 from Decoder import Decoder, first_layer_gradient
 from Embeddings import PositionalEmbeddings, TokenEmbeddings
 from FFN import FeedForward
-from GetData import Batches, GetData, shuffled
+from GetData import Batches, GetData
 from GPT import GPT, keep_top_k, keep_top_p, learning_rate_at, next_token, pick_dtype, read_file
 
 HERE = Path(__file__).resolve().parent
@@ -192,18 +194,8 @@ class TestBadInput(Case):
     """Anything out of range is a ValueError with the value, the rule and the remedy."""
 
     def test_sizes(self):
-        for cls, names in (
-            (TokenEmbeddings, "vocab_size emb_size"),
-            (PositionalEmbeddings, "max_seq_len emb_size"),
-            (HeadAttention, "emb_size head_size max_seq_len num_heads"),
-            (MultiHeadAttention, "num_heads emb_size head_size max_seq_len dropout"),
-            (FeedForward, "emb_size dropout"),
-            (Decoder, "num_heads emb_size head_size max_seq_len dropout"),
-            (GPT, " ".join(SIZES)),
-        ):
-            bad = {name: SHARE if name == "dropout" else WHOLE for name in names.split()}
-            with self.subTest(cls.__name__):
-                self.assertRefused(cls, {name: SIZES[name] for name in bad}, bad)
+        self.assertRefused(GPT, SIZES, {name: SHARE if name == "dropout" else WHOLE
+                                        for name in SIZES})
 
     def test_arguments(self):
         model, batches = tiny_gpt(), counting_batches(2)
@@ -274,7 +266,8 @@ class TestEmbeddings(Case):
     def test_equals_one_hot_product(self):
         embed = TokenEmbeddings(7, 5)
         x = torch.randint(7, (3, 4))
-        self.assertClose(embed(x), F.one_hot(x, 7).float() @ embed.embedding.weight)
+        for dtype in (torch.int64, torch.int32, torch.uint8):
+            self.assertClose(embed(x.to(dtype)), F.one_hot(x, 7).float() @ embed.embedding.weight)
 
     def test_positions(self):
         embed = PositionalEmbeddings(9, 5)
@@ -355,20 +348,36 @@ class TestAttention(Case):
         x = torch.randn(3, 10, 8)
         for cuts in ((10,), (1,) * 10, (4, 3, 1, 2), (1, 9)):
             cache = KVCache(3, 2, 10, 4)
-            outs, start = [], 0
-            for n in cuts:
-                outs.append(layer(x[:, start : start + n], cache))
-                start += n
+            outs = [layer(part, cache) for part in x.split(cuts, dim=1)]
             self.assertClose(torch.cat(outs, 1), layer(x))
         with self.assertSays(ValueError, "10 cached", "1 new"):
             layer(x[:, :1], cache)
         self.assertEqual(cache.length, 10)
 
-    def test_dropout_acts_on_the_output_in_training_alone(self):
-        layer, x = MultiHeadAttention(2, 50, 4, 16, dropout=0.3), torch.randn(50, 16, 50)
-        zeros = (layer(x) == 0).float().mean().item()
-        self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 40,000 draws: 0.02 is eight errors
-        self.assertEqual((layer.eval()(x) == 0).sum(), 0)
+    def exported(self, export):
+        """A model exported with 5 tokens, but for any number up to max_seq_len; and the model."""
+        model, T = tiny_gpt().eval(), torch.export.Dim("T", min=1, max=12)
+        x = torch.zeros(2, 5, dtype=torch.long)
+        return export(model, (x,), dynamic_shapes=({1: T},)), model
+
+    def test_export_for_any_length(self):
+        program, model = self.exported(torch.export.export)
+        for T in (1, 2, 5, 12):
+            x = torch.randint(40, (2, T))
+            self.assertClose(program.module()(x), model(x))
+
+    @unittest.skipUnless(all(map(importlib.util.find_spec, ("onnx", "onnxscript"))),
+                         "onnx and onnxscript are not installed")
+    def test_onnx_for_any_length(self):
+        from onnx.reference import ReferenceEvaluator
+
+        program, model = self.exported(torch.onnx.export)
+        program.save("model.onnx")
+        onnx = ReferenceEvaluator("model.onnx")
+        for T in (1, 2, 5, 12):
+            x = torch.randint(40, (2, T))
+            ours, = onnx.run(None, {onnx.input_names[0]: x.numpy()})
+            self.assertClose(torch.from_numpy(ours), model(x), 1e-4)
 
 
 class TestFFN(Case):
@@ -380,12 +389,6 @@ class TestFFN(Case):
         expected = (x @ ffn.expand.weight.T + ffn.expand.bias).clamp(min=0) @ ffn.contract.weight.T
         self.assertClose(ffn(x), expected + ffn.contract.bias)
         self.assertClose(ffn(x)[:, 2], ffn(x[:, 2]))
-
-    def test_dropout_is_the_share_that_is_zero(self):
-        ffn = FeedForward(50, dropout=0.3)
-        zeros = (ffn(torch.randn(20, 50, 50)) == 0).float().mean().item()
-        self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 50,000 draws: 0.02 is ten standard errors
-        self.assertEqual((ffn.eval()(torch.randn(2, 5, 50)) == 0).sum(), 0)
 
 
 class TestDecoder(Case):
@@ -412,6 +415,13 @@ class TestDecoder(Case):
         self.assertClose(x1.grad, x2.grad, 1e-4)
         self.assertClose(ours.ffn.expand.weight.grad, theirs.linear1.weight.grad, 1e-4)
         self.assertClose(ours.norm1.weight.grad, theirs.norm1.weight.grad, 1e-4)
+
+    def test_dropout_is_the_share_of_a_sub_layers_outputs_that_is_zero(self):
+        block, x = Decoder(2, 50, 4, 16, dropout=0.3), torch.randn(50, 16, 50)
+        for sub_layer in (block.attention, block.ffn):
+            zeros = (sub_layer(x) == 0).float().mean().item()
+            self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 40,000 draws: 0.02 is eight errors
+            self.assertEqual((sub_layer.eval()(x) == 0).sum(), 0)
 
     def test_residuals_carry_the_gradient(self):
         with_residuals = first_layer_gradient(12, residual=True, norm=False)
@@ -1511,7 +1521,6 @@ class TestGetData(Case):
                     self.assertEqual(y.tolist(), ids[start + 1 : start + T + 1])
                 for i in (len(starts), -len(starts) - 1):
                     self.assertRaises(IndexError, dataset.__getitem__, i)
-        self.assertEqual(len(GetData(ids, 5)), len(ids) - 5)
         self.assertEqual(GetData(np.full(9, 65535, np.uint16), 5)[0][0].max(), 65535)
 
     def test_nothing_is_copied(self):
@@ -1520,95 +1529,82 @@ class TestGetData(Case):
         array[3] = tensor[3] = 777
         self.assertEqual((from_array[0][0][3], from_tensor[0][0][3]), (777, 777))
 
-    def test_a_memmap_is_not_read_whole(self):
-        try:
-            from resource import RUSAGE_SELF, getrusage
-        except ImportError:
-            self.skipTest("this system has no getrusage")
-        size = 500_000_000
-        with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no space on most disks
-            header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + 2 * size)
-        before = getrusage(RUSAGE_SELF).ru_maxrss
-        batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
-        for k in range(5):
-            batches.batch(k)
-        grown = getrusage(RUSAGE_SELF).ru_maxrss - before
-        self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
+    def test_memory(self):
+        """Ten billion tokens would take a gigabyte: here is a fiftieth of them."""
+        size = 200_000_000
+        with open("big.bin", "wb") as file:  # takes no space on most disks
+            file.truncate(2 * size)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        batches = Batches(GetData(np.memmap("big.bin", np.uint16, "r"), 64, stride=64), 32, seed=1)
+        for k in (0, 1, len(batches) - 1, len(batches)):  # of two passes
+            self.assertEqual(batches.batch(k)[0].shape, (32, 64))
+        self.assertLess(tracemalloc.get_traced_memory()[1], size / 10)
 
     def test_a_memmap_is_pickled_as_its_place(self):
         np.save("ids.npy", np.arange(60_000, dtype=np.uint16))
         Path("ids.bin").write_bytes(b"head" + np.arange(9_000, dtype="<u4").tobytes())
         ids = np.load("ids.npy", mmap_mode="r")
-        for data in (ids, ids[777:9_000], ids[50:][25:8_000].view(np.ndarray),
-                     np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:]):
+        changed = np.load("ids.npy", mmap_mode="c")
+        changed[3] = 9  # in memory only
+        for data, small in (
+            (ids, True), (ids[777:9_000], True), (ids[50:][25:8_000].view(np.ndarray), True),
+            (np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:], True), (ids[::2], False),
+            (changed, False), (np.arange(99), False), ([*range(99)], False),
+            (torch.arange(99), False),
+        ):
             dataset = GetData(data, 5, stride=3)
-            bytes_ = pickle.dumps(dataset)
-            self.assertLess(len(bytes_), 1_000)
-            again = pickle.loads(bytes_)
-            self.assertEqual(len(again), len(dataset))
-            for i in (0, 7, -1):
-                self.assertSame(again[i], dataset[i])
-        changed = np.load("ids.npy", mmap_mode="c")  # changed in memory only
-        changed[3] = 9
-        for data in (changed, ids[::2], np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
-            dataset = GetData(data, 5)
-            self.assertSame(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
+            pickled = pickle.dumps(dataset)
+            self.assertTrue(len(pickled) < 1_000 or not small)
+            again = pickle.loads(pickled)
+            self.assertSame([again[i] for i in (0, 7, -1)], [dataset[i] for i in (0, 7, -1)])
 
     def test_workers_of_a_dataloader(self):
         np.save("ids.npy", np.arange(2_000, dtype=np.uint16))
         dataset = GetData(np.load("ids.npy", mmap_mode="r")[11:], 8, stride=8)
-        expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
-        methods = set(torch.multiprocessing.get_all_start_methods()) & {"fork", "spawn"}
-        for method in sorted(methods):
+        expected = torch.stack([x for x, _ in map(dataset.__getitem__, range(len(dataset)))])
+        for method in sorted({"fork", "spawn"} & {*torch.multiprocessing.get_all_start_methods()}):
             loader = torch.utils.data.DataLoader(dataset, 64, num_workers=1,
                                                  multiprocessing_context=method)
             with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-                found = torch.cat([x for x, _ in loader])
-            self.assertTrue(torch.equal(found, expected), method)
+                self.assertTrue(torch.equal(torch.cat([x for x, _ in loader]), expected), method)
 
-    def test_shuffle_is_a_permutation(self):
-        for n in (1, 2, 3, 4, 5, 16, 17, 100, 1025):
-            orders = [tuple(shuffled(np.arange(n), n, seed=7, key=key)) for key in range(3)]
-            for order in orders:
-                self.assertEqual(sorted(order), list(range(n)))
-            self.assertGreater(len(set(orders)), 1 if n > 2 else 0)
-        far = shuffled(np.arange(1000), 10**10, 0, 0)  # no table of 80 GB
-        self.assertEqual(len(set(far.tolist())), 1000)
-        self.assertTrue(0 <= far.min() and far.max() < 10**10)
+    def test_a_pass_reads_every_token_once(self):
+        for n, T, stride in ((300, 7, 7), (60, 4, 4), (27, 4, 1), (6, 4, 4), (5, 4, 9)):
+            dataset = GetData(np.arange(n), T, stride=stride)
+            one, five = (Batches(dataset, size, seed=2) for size in (1, 5))
+            windows, length = [one.batch(k) for k in range(60 * len(one))], len(one)
+            passes = [torch.cat([x for x, _ in windows[i : i + length]])  # (windows, T) each
+                      for i in range(0, len(windows), length)]
+            for read in passes:
+                firsts = read[:, 0].sort().values
+                expected = firsts[0] + stride * torch.arange(length)
+                self.assertTrue(torch.equal(firsts, expected), "the windows lie stride apart")
+                self.assertTrue(torch.equal(read - read[:, :1], torch.arange(T).expand(length, T)))
+                self.assertGreater(firsts[-1] + T + 2 * stride, n - 1)
+            offsets = {read.min().item() for read in passes}  # odds that one is missing: 1 in 1,000
+            self.assertEqual(offsets, set(range(min(stride, n - T))))
+            # passes in different orders; the batches cross their borders; nothing depends on
+            # what was read before
+            self.assertEqual(len({tuple(read.argsort(0)[:, 0].tolist()) for read in passes}) > 1,
+                             length > 1)
+            for k in (0, 11, 3, 7, 10, 1):
+                expected = [torch.cat(part) for part in zip(*windows[5 * k : 5 * k + 5],
+                                                            strict=True)]
+                for batches in (five, Batches(dataset, 5, seed=2)):
+                    self.assertSame(list(batches.batch(k)), expected)
+            self.assertEqual(len(five), -(-length // 5))
+        x, y = (Batches(GetData(np.arange(300), 7), 5, seed).batch(0)[0] for seed in (2, 3))
+        self.assertFalse(torch.equal(x, y))  # another seed, another order
 
-    def test_shuffle_is_even(self):
-        n, bins = 100_000, 50
-        for indices in (np.arange(5000), np.arange(0, n, 20)):  # the first ones; every 20th
-            counts = np.bincount(shuffled(indices, n, 1, 2) * bins // n, minlength=bins)
-            chi2 = ((counts - 100) ** 2 / 100).sum()  # 49 degrees of freedom
-            self.assertLess(chi2, 100)  # odds of more: 1 in 40,000
-        order = shuffled(np.arange(n), n, 1, 2)
-        for distance in (1, 2, 256, 512):  # neighbours, and the halves that the network mixes
-            correlation = np.corrcoef(order[:-distance], order[distance:])[0, 1]
-            self.assertLess(abs(correlation), 0.016, distance)  # 5 standard errors
-
-    def test_batches(self):
-        dataset = GetData(np.arange(27), 4)  # 23 windows
-        train = Batches(dataset, 5, seed=2)
-        self.assertEqual(len(train), 5)
-        firsts = [x[0].item() for k in range(23) for x in train.batch(k)[0]]
-        for turn in range(5):  # 23 batches of 5 are 5 whole turns
-            self.assertEqual(sorted(firsts[23 * turn : 23 * turn + 23]), list(range(23)))
-        self.assertNotEqual(firsts[:23], firsts[23:46])
-        self.assertNotEqual(firsts[:23], list(range(23)))
-        self.assertSame([train.batch(k) for k in range(5)], list(Batches(dataset, 5, seed=2)))
-        self.assertNotEqual(firsts[:5], Batches(dataset, 5, seed=3).batch(0)[0][:, 0].tolist())
-        valid = Batches(dataset, 5)
+    def test_in_order_without_a_seed(self):
+        valid = Batches(GetData(np.arange(27), 4), 5)  # 23 windows
         self.assertEqual([len(x) for x, _ in valid], [5, 5, 5, 5, 3])
         self.assertEqual([x[0].item() for xs, _ in valid for x in xs], list(range(23)))
-        tiny = Batches(GetData(np.arange(6), 4), 5, seed=2)  # 2 windows for a batch of 5
-        self.assertEqual(tiny.batch(3)[0].shape, (5, 4))
 
     def test_ranks_share_a_batch(self):
-        dataset = GetData(np.arange(60), 4)  # 56 windows
-        for seed, ranks, k in itertools.product((1, None), (2, 4), range(7)):
+        dataset = GetData(np.arange(60), 4, stride=2)
+        for seed, ranks, k in itertools.product((1, None), (2, 4), range(3)):
             whole, *parts = (Batches(dataset, 8, seed, *share).batch(k)[0][:, 0].tolist()
                              for share in ((0, 1), *((rank, ranks) for rank in range(ranks))))
             self.assertEqual(sorted(whole), sorted(sum(parts, [])))
@@ -2046,32 +2042,41 @@ class TestTrain(RunCase):
 class TestSample(RunCase):
     def setUp(self):
         super().setUp()
-        self.trained("out", MAX_STEPS=20, EVAL_EVERY=20)
+        os.mkdir("out")
+        self.bpe = BPE(270, special_tokens=("<|end|>", "<|user|>")).fit(
+            " ".join(WORDS * 2) + " \U0001d800" * 40)  # a character that few fonts have
+        self.bpe.save("out/tokenizer.json")
+        self.end = self.bpe.special_tokens["<|end|>"]
+        model = tiny_gpt(vocab_size=len(self.bpe))
+        model.notes = {"metrics": [{"step": 10}, {"step": 20}], "tokenizer_sha256":
+                       hashlib.sha256(Path("out/tokenizer.json").read_bytes()).hexdigest()}
+        model.save("out/model.pt")
 
     def test_constants_do_what_they_say(self):
-        model, bpe = GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
-        end, state, seen = bpe.special_tokens["<|endoftext|>"], torch.get_rng_state(), set()
+        model, state, seen = GPT.load("out/model.pt"), torch.get_rng_state(), set()
         for changes in (dict(), dict(SEED=2), dict(TEMPERATURE=0), dict(TEMPERATURE=2.0),
-                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"),
+                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"), dict(PROMPT="\n"),
+                        dict(PROMPT="a<|user|>dog"), dict(PROMPT="<|end|>", MAX_NEW_TOKENS=9),
                         dict(NUM_SAMPLES=3), dict(MAX_NEW_TOKENS=7)):
             given = SAMPLE | changes
-            x = torch.tensor([bpe.encode(given["PROMPT"])] * given["NUM_SAMPLES"])
+            prompt = self.bpe.encode(given["PROMPT"], allow_special=True)
             ids = model.generate(
-                x, given["MAX_NEW_TOKENS"], True, given["TEMPERATURE"], given["TOP_K"],
-                given["TOP_P"], stop_token=end,
-                generator=torch.Generator().manual_seed(given["SEED"])).tolist()
-            ids = [row[: row.index(end)] if end in row else row for row in ids]
-            printed = self.sample(**changes)
-            first, *others = map(bpe.decode, ids)
+                torch.tensor([prompt] * given["NUM_SAMPLES"]), given["MAX_NEW_TOKENS"], True,
+                given["TEMPERATURE"], given["TOP_K"], given["TOP_P"], stop_token=self.end,
+                generator=torch.Generator().manual_seed(given["SEED"]))[:, len(prompt):].tolist()
+            ids = [row[: row.index(self.end)] if self.end in row else row for row in ids]
+            printed, shown = self.sample(**changes), given["PROMPT"].lstrip("\n")
+            first, *others = (shown + self.bpe.decode(row) for row in ids)
             self.assertTrue(printed.startswith(first + "\n"), changes)
             for text in others:
                 self.assertIn(f"\n{text}\n", printed)
-            made = sum(map(len, ids)) - x.numel()
-            self.assertIn(f"{made} tokens", printed)
+            self.assertIn(f"\n[{(made := sum(map(len, ids)))} tokens", printed)
             self.assertNotIn(text := (first, made), seen, f"{changes} changes nothing")
             seen.add(text)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        free = [self.sample(SEED=None, TEMPERATURE=2.0, PROMPT="").rsplit("[", 1)[0] for _ in "12"]
+        line, empty, *free = (self.sample(**changes).rsplit("[", 1)[0] for changes in (
+            dict(PROMPT="\n"), dict(PROMPT=""), *[dict(SEED=None, TEMPERATURE=2.0)] * 2))
+        self.assertEqual(line, empty)
         self.assertNotEqual(*free)  # a new text each time; odds of the same one: under 1e-10
 
     def shown(self, steps, **changes):
@@ -2092,8 +2097,7 @@ class TestSample(RunCase):
             sample.main()
             sys.stdout.flush()
             text = screen.getvalue().decode()
-        self.assertEqual(given["stop_token"],
-                         BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"])
+        self.assertEqual(given["stop_token"], self.end)  # the first special token
         return seen, text
 
     def test_what_can_be_read_when(self):
@@ -2102,21 +2106,90 @@ class TestSample(RunCase):
         seen, text = self.shown([[i] for i in tokens])
         self.assertEqual(seen, ["o"] * 4 + ["o🚀"] * 2 + ["o🚀é"] * 2)
         self.assertTrue(text.startswith("o🚀é\ufffd\n"))  # half a character was left at the end
-        end = BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"]
-        seen, text = self.shown([[104, 105], [105, end], [end, end]], NUM_SAMPLES=2)
+        seen, text = self.shown([[104, 105], [105, self.end], [self.end] * 2], NUM_SAMPLES=2)
         self.assertEqual(seen, ["o", "oh", "ohi"])
         self.assertRegex(text, r"^ohi\n-+\noi\n\n\[3 tokens")
         self.assertRegex(self.shown([[104], KeyboardInterrupt])[1], r"^oh\n\n\[1 tokens")  # Ctrl-C
 
-    def test_bad_input(self):
-        for pattern, changes in (
-            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
-            ("temperature=-1", dict(TEMPERATURE=-1)), ("num_samples=0", dict(NUM_SAMPLES=0)),
-            ("device='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+    def test_what_stderr_says(self):
+        model = GPT.load("out/model.pt")
+        tokenizer = {"tokenizer_sha256": model.notes["tokenizer_sha256"]}
+        for notes, prompt, said in (
+            (model.notes, "a b", "model.pt, step 20\n$"),
+            (model.notes, "a b ", "model.pt, step 20\nPROMPT ends in a space.*\n$"),
+            (tokenizer, "\n", "model.pt\n$"),  # not from train.py
+            (tokenizer | {"start": [10], "settings": {"SEED": 1}}, "", "model.pt\n$"),  # older
         ):
-            self.assertFails(ValueError, pattern, self.sample, **changes)
-        self.assertFails(FileNotFoundError, "nowhere.*python train.py", self.sample,
-                         OUT_DIR="nowhere")
+            model.notes = notes
+            model.save("out/model.pt")
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                self.sample(PROMPT=prompt)
+            self.assertRegex(stderr.getvalue(), f"^model: out[/\\\\]{said}")
+
+    def test_bad_input(self):
+        for word, changes in (
+            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
+            ("temperature=-1", dict(TEMPERATURE=-1)), ("NUM_SAMPLES=0", dict(NUM_SAMPLES=0)),
+            ("DEVICE='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+        ):
+            with self.subTest(word), self.assertSays(ValueError, word):
+                self.sample(**changes)
+        with self.assertSays(FileNotFoundError, "nowhere", "python train.py"):
+            self.sample(OUT_DIR="nowhere")
+        BPE(270, special_tokens=("<|end|>", "<|user|>")).fit("another text").save(
+            "out/tokenizer.json")
+        with self.assertSays(ValueError, "tokenizer.json", "model.pt"):
+            self.sample()
+
+    def test_without_matplotlib(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.figure": None}):
+            self.assertRegex(self.sample(PICTURES=True), r"tokens/s\]\n.*pip install matplotlib")
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_pictures(self):
+        from matplotlib import image
+
+        names = {f"{name}.png" for name in ("tokens", "attention", "positions")}
+        for changes in (dict(), dict(PROMPT="cat | $x$ \u8eca"), dict(PROMPT="the cat " * 99),
+                        dict(PROMPT="", MAX_NEW_TOKENS=0), dict(PROMPT="a \U0001d800")):
+            for name in names:
+                Path("out", name).unlink(missing_ok=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                printed = self.sample(PICTURES=True, **changes)
+            for name in names:  # nothing behind it, and not all of it transparent
+                alpha = image.imread(f"out/{name}")[..., 3]
+                self.assertEqual((alpha[0, 0], alpha.max()), (0, 1), name)
+                self.assertIn(f"drawn: {Path('out', name)}\n", printed)
+
+        class WithoutPositions(GPT):
+            def hidden(self, x, cache=None):
+                return self.decoders[1](self.decoders[0](self.token_embeddings(x)))
+
+        without = tiny_gpt(WithoutPositions)
+        del without.positional_embeddings
+        for model, files in ((without, names - {"positions.png"}),
+                             (tiny_gpt(WithoutLearnedPositions), names)):
+            folder = Path(tempfile.mkdtemp(dir="."))
+            with contextlib.redirect_stdout(io.StringIO()):
+                sample.draw(model, self.bpe, [1, 2, 3], folder)
+            self.assertEqual(set(os.listdir(folder)), files)
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_fonts(self):
+        """Any installed font will do; matplotlib itself says which characters one lacks."""
+        from matplotlib.figure import Figure
+
+        for text, lacks in (("abc", ""), ("a\u2460", ""), ("a\u2460\U0010fffd", "\U0010fffd")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                fonts = sample.fonts_for(text)
+            self.assertRegex(out.getvalue(), f"no installed font has {lacks}: " if lacks else "^$")
+            figure = Figure()
+            figure.text(0.1, 0.5, text, family=fonts)
+            with warnings.catch_warnings(record=True) as missing:
+                warnings.simplefilter("always")
+                figure.savefig("fonts.png")
+            self.assertEqual(bool(missing), bool(lacks))
 
 
 class TestRunFolder(RunCase):
