@@ -10,9 +10,9 @@ Stop reading after any part: 1. the idea (textbook code: complete, exact and slo
 
 Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
 loaded file keeps its own ids.)
-Left out: normalizers, dropout, scripts (\\p{Han}) and \\w in patterns. Ids equal those of tiktoken,
-tokenizers and rustbpe for every character that the running Python's `unicodedata` knows; newer
-characters round-trip too, but may be split differently.
+Left out: dropout, tokens that aren't bytes, several splits one after another, scripts (\\p{Han})
+and \\w in patterns. Ids equal those of tiktoken, tokenizers and rustbpe for every character that
+the running Python's `unicodedata` knows; newer ones round-trip, but may be split differently.
 Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
@@ -25,17 +25,18 @@ import codecs
 import contextlib
 import heapq
 import json
+import multiprocessing
 import os
-import pickle
 import re
 import signal
-import subprocess
 import sys
+import threading
+import types
 import unicodedata
-import warnings
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, chain, cycle, islice, pairwise, starmap
+from itertools import accumulate, chain, islice, pairwise, starmap
 
 import numpy as np
 
@@ -99,10 +100,15 @@ def first_of_equals(items: np.ndarray) -> np.ndarray:
 
 
 class Words:
-    """All words in one array of ids. A place in it keeps its number: merging writes the new id at
-    the left place of a pair and takes the right place out of the chain of neighbours, a ring.
+    """All words end to end in one array of ids, with a border before, between and behind them. A
+    place in it keeps its number: merging writes the new id at the left place of a pair and takes
+    the right place out of the chain of neighbours, which is a ring.
 
-    >>> words = Words(["low", "lower"], range(256))      # borders at the places 0, 4, 10
+        place         0   1   2   3   4   5   6   7   8   9  10
+        id            |   l   o   w   |   l   o   w   e   r   |
+        lo merged     |  lo   .   w   |  lo   .   w   e   r   |       next[1] = 3, previous[3] = 1
+
+    >>> words = Words(["low", "lower"], range(256))
     >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
     array([0, 1, 4, 5])
     >>> words.id.tolist(), int(words.next[1])
@@ -114,6 +120,7 @@ class Words:
         self.id = np.array([*byte_ids][:255] + [BORDER])[np.frombuffer(raw, np.uint8)]       # (N,)
         places = np.arange(len(raw))
         self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
+        self.word = np.cumsum(self.id == BORDER) - 1     # (N,), which word each place belongs to
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places, each as one number, left << 32 | right; negative
@@ -151,11 +158,12 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """textbook_fit for all words: makes and yields the merges, most frequent pair first, ties to
     the smaller ids. counts: how often each word occurs.
 
-    A pair's places are noted once, when the later of its two ids is made; from then on other merges
-    can only take places from it. So a pair that leaves the heap with all its places is the most
-    frequent one; any other is counted again and put back."""
-    # How often the word at each place occurs; the borders up to a place count the words.
-    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]       # (N,)
+    The id at a place only ever gives way to a newer one. So a pair comes into being when the later
+    of its two ids is made, at all its places at once, and these are noted then, once and for all:
+    other merges can only take places from it. Hence a count on the heap is never too low, and a
+    pair that leaves the heap with all its places is the most frequent one; any other is counted
+    again and put back."""
+    weight = np.array([*counts, 0])[words.word]          # (N,), how often each place's word occurs
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
@@ -189,23 +197,31 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The learned merges, to be made in their order in many words at once.
+    """The merges of a tokenizer, in their order: the rank of a pair is its place in it. Encoding
+    a word means: the pair of the lowest rank is merged, the leftmost of several, until none is
+    left.
 
     One by one would be slow. But merges that use nothing another one of them makes can be made
-    together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a]. When a is
-    the lowest rank in any word, all their pairs are there already."""
+    together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If
+    a is the lowest rank in a word, all that the band will merge there is there already.
 
-    def __init__(self, merges: list[Pair], made: Iterable[int]):
-        self.none = len(merges)                          # the rank of what is no merge
-        pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
-        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
-        self.pair, self.made = pair[self.rank], np.array(made, np.int64)
+    Files of others may have a merge whose result one of a lower rank uses. It is lonely: a band
+    of its own, in which a word's leftmost pair is merged and then the ranks are looked at again.
+    """
+
+    def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
+        self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
+        self.rank_of = dict(zip(merges, range(self.none), strict=True))
+        pair = np.array([*merges, (1 << 30, 0)])         # (none + 1, 2); the last one is no pair
+        pair = pair[:, 0] << 32 | pair[:, 1]
+        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs
+        self.pair = pair[self.rank]
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        used = [first_use.get(i, self.none) for i in made]       # who first uses what each makes
-        for rank, (use, i) in enumerate(zip(used, made, strict=True)):
-            if use <= rank:
-                raise ValueError(f"merge {use} uses the token {i}, which only merge {rank} makes")
-        self.limit = np.minimum.accumulate(np.array(used[::-1], np.int32))[::-1]
+        ranks = np.arange(self.none, dtype=np.int32)
+        used = np.array([first_use.get(i, self.none) for i in made], np.int32)  # first, its result
+        self.lonely = np.append(used <= ranks, False)    # self.none, the rank of no merge, is none
+        limit = np.minimum.accumulate(np.maximum(used, ranks)[::-1])[::-1]
+        self.limit = np.append(np.maximum(limit, ranks + 1), 0)
 
     def look_up(self, pair: np.ndarray) -> np.ndarray:
         """Pairs -> the ranks of their merges, or none."""
@@ -216,8 +232,15 @@ class Merges:
         """textbook_encode for all words: makes all merges, as if one by one."""
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
+        borders, any_lonely = np.flatnonzero(words.id == BORDER), self.lonely.any()
         while (lowest := rank.min()) < self.none:
+            if any_lonely:                               # then each word has its own band
+                lowest = np.minimum.reduceat(rank, borders)[words.word]
             places = np.flatnonzero(rank < self.limit[lowest])
+            if any_lonely:
+                leftmost = np.zeros(len(places), bool)
+                leftmost[first_of_equals(words.word[places])] = True
+                places = places[leftmost | ~self.lonely[rank[places]]]
             here, after = rank[places], rank[words.next[places]]
             before = rank[words.previous[places]]
             # Of two pairs that overlap, the one of the lower rank goes first. Of a run of the same
@@ -228,6 +251,41 @@ class Merges:
             changed = words.join(places, self.made[rank[places]])
             rank[gone] = self.none
             rank[changed] = self.look_up(words.pairs(changed))
+
+    def apply_to_one(self, word: str) -> list[int]:
+        """One word -> its ids, by a heap of (rank, place): quicker than arrays for a few words."""
+        ids = [*map(self.byte_ids.__getitem__, word.encode()), GONE]      # a ring, like Words
+        following, previous = [*range(1, len(ids)), len(ids) - 1], [*range(-1, len(ids) - 1)]
+        ranks = map(self.rank_of.get, pairwise(ids))
+        heap = [(rank, place) for place, rank in enumerate(ranks) if rank is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, place = heapq.heappop(heap)
+            right = following[place]
+            if self.rank_of.get((ids[place], ids[right])) == rank:        # it is still there
+                ids[place], ids[right] = int(self.made[rank]), GONE
+                following[place] = after = following[right]
+                previous[after] = place
+                for begin in (previous[place], place):
+                    new = self.rank_of.get((ids[begin], ids[following[begin]]))
+                    if new is not None:
+                        heapq.heappush(heap, (new, begin))
+        return [i for i in ids if i != GONE]
+
+    def encode(self, words: list[str], dtype: np.dtype) -> dict[str, bytes]:
+        """The ids of each word, as the bytes of an array."""
+        few, any_lonely = sum(map(len, words)) < FEW, self.lonely.any()
+        many = [word for word in words if not few and (len(word) < FEW or not any_lonely)]
+        one = set(words).difference(many)
+        found = {word: array(dtype.char, self.apply_to_one(word)).tobytes() for word in one}
+        if many:
+            merging = Words(many, self.byte_ids)
+            self.apply(merging)
+            found |= zip(many, merging.results(dtype), strict=True)
+        return found
+
+
+FEW = 500              # characters of words, for which a plain loop is quicker than arrays
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -246,9 +304,10 @@ KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
          QWEN2_PATTERN := LLAMA3_PATTERN.replace("{1,3}", "")}
 
 # Before a space behind a non-space, behind a single line end between non-spaces, between a letter
-# and one of these signs. (`re` counts more as \s than Unicode does.)
-CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])"
-                 r"|(?<=[^\W\d_])(?=[,.;:!?(){}=<>\"，。、；：！？])")
+# and one of these signs: in the text as it is, and so in its normal form, too. (`re` counts more as
+# \s than Unicode does. No sign with which special tokens end: <end>, User:.)
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/／])"
+                 r"|(?<=[a-zA-Zа-яё一-鿿ぁ-ゖァ-ヺ])(?=[,.;!?({<\"，。、；：！？])")
 
 # `re` knows no \p{L}. So a text's characters are folded to 161 letters, and the pattern is
 # translated to them: ASCII stays, another character becomes the letter of its category. \x85, a
@@ -257,84 +316,82 @@ CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
               "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
 CATEGORY_OF = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES + ["Cc", "Ll", "Lu"]
 NEXT_LINE, LONG_S, KELVIN = 158, 159, 160
-EVERY = set(range(161))
-SPACE = {b for b in EVERY if CATEGORY_OF[b][0] == "Z" or 9 <= b <= 13} | {NEXT_LINE}
+SPACE = {b for b in range(161) if CATEGORY_OF[b][0] == "Z" or 9 <= b <= 13} | {NEXT_LINE}
 FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category hasn't been asked yet
 FOLD[:128] = range(128)
 FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
 
-# One item of a pattern: class name, set, white space, (?i:...), end of the text, anything else.
-ITEM = re.compile(r"(?P<class>\\[pP](?:\{\^?\w+\}|\w))|(?P<set>\[(?:\\.|[^][\\])+\])"
-                  r"|(?P<space>\\[sS])|(?P<any>\(\?i:[^()]*\))|(?P<end>\$|\\z)|\\[rntf]|\\[^\w\s]"
-                  r"|\(\?[:=!>]|\((?!\?)|[)|.]|[*+?][+?]?|\{\d+(?:,\d*)?\}[+?]?"
-                  r"|[^][\\(){}^$]")
+# What a pattern may consist of: classes, sets, letters in any case, and what `re` reads the same.
+CLASS = r"\\[pP]\{\w+\}|\\[sS]"
+CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
+ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
+                  r"|\(\?i:(?P<any>(?:['|a-zA-Z]|\[[a-zA-Z]+\])+)\)|(?P<group>\((?!\?))|\(\?[:=!>]"
+                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:,\d*)?\}}\??(?!\+)|(?![(^${{}}]){CHARACTER}")
 
 
-def translate(item: re.Match, in_set: bool = False, any_case: bool = False) -> str:
-    """One item of a pattern, in folded letters; ValueError for what can't be translated."""
+def translate(item: re.Match) -> str:
+    """One item of a pattern, in folded letters."""
     text = item[0]
-    if item["class"]:                                    # \p{L}, \P{L}, \p{^L}, \pL
-        found = {b for b in EVERY if CATEGORY_OF[b].startswith(text[2:].strip("{^}"))}
-        if not found:
-            raise ValueError(f"{text}: give a general category of Unicode, such as L, Lu or N")
-        found = EVERY - found if (text[1] == "P") != ("^" in text) else found
-    elif item["space"]:
-        found = SPACE if text == r"\s" else EVERY - SPACE
-    elif item["set"]:
-        if re.search(r"&&|--|~~|\|\|", text) or any_case and "-" in text:
-            raise ValueError(f"{text}: no ranges in (?i:), no set operations")
-        head = 2 if text[1] == "^" else 1
-        return text[:head] + ITEM.sub(lambda i: translate(i, True, any_case), text[head:-1]) + "]"
-    elif item["any"]:
-        return text[:4] + ITEM.sub(lambda i: translate(i, any_case=True), text[4:-1]) + ")"
-    elif item["end"] and not in_set:
-        return r"\Z"                                     # the very end, which $ isn't in `re`
-    elif any_case and text in "sSkK":
-        found = {ord(text), LONG_S if text in "sS" else KELVIN}
-    elif not text.isascii():
-        raise ValueError(f"{text}: a pattern may have only ASCII and classes")
-    else:
-        return "(?:" if text == "(" and not in_set else text
-    folded = "".join(f"\\x{b:02x}" for b in sorted(found))
-    return folded if in_set else f"[{folded}]"
+    if item["group"]:
+        return "(?:"
+    if item["any"]:                                      # (?i:[st]|ll) -> (?:[sSſtT]|[lL][lL])
+        others = {"s": chr(LONG_S), "k": chr(KELVIN)}
+        return "(?:" + re.sub(r"\[(\w+)\]|(\w)", lambda found: "[" + "".join(
+            c + c.upper() + others.get(c, "") for c in found[found.lastindex].lower()) + "]",
+            item["any"]) + ")"
+    if item["set"] and re.search(r"&&|--|~~|\|\||\\[sS]-|\}-|-\\[pPsS]", text):
+        raise ValueError(f"{text}: no set operations, no ranges of classes")
 
+    def letters(found: re.Match) -> str:
+        name, inside = found[0][3:-1], []
+        for b, category in enumerate(CATEGORY_OF):
+            if (category.startswith(name) if name else b in SPACE) == (found[0][1] in "ps"):
+                inside.append(f"\\x{b:02x}")
+        if name and len(inside) in (0, len(CATEGORY_OF)):
+            raise ValueError(f"{found[0]}: give a general category of Unicode, such as L, Lu or N")
+        return "".join(inside)
 
-def fold(text: str) -> str:
-    """A text in folded letters; ValueError for lone surrogates."""
-    try:
-        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"lone surrogate {text[error.start]!r} at {error.start}, no character: "
-                         "take text.encode('utf-8', 'replace').decode()") from None
-    for c in np.unique(code[FOLD[code] == 255]).tolist():
-        FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-    return FOLD[code].tobytes().decode("latin-1")
+    return f"[{letters(item)}]" if item["class"] else re.sub(CLASS, letters, text)
 
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
+    normal: the normal form, NFC or NFKC, that the text is brought into before, or None.
     ValueError for a pattern that can't be translated, and for text with lone surrogates."""
 
-    def __init__(self, pattern: str):
-        self.pattern, self.known = pattern, pattern in KNOWN
+    def __init__(self, pattern: str, normal: str | None = None):
+        self.pattern, self.normal, self.known = pattern, normal, pattern in KNOWN
         try:
-            if "".join(m[0] for m in ITEM.finditer(pattern)) != pattern:
-                raise ValueError("only classes, sets, groups and repetitions are supported")
+            if not pattern.isascii() or (odd := ITEM.sub("", pattern)):
+                odd = re.sub("[ -~]", "", pattern) or odd
+                raise ValueError(f"{odd}: only ASCII, classes, sets, groups and repetitions")
             text = ITEM.sub(translate, pattern)
-            if re.match(text, "", re.ASCII):
+            if re.match(text, ""):
                 raise ValueError("it matches the empty text")
             # What a pattern leaves out becomes a word of its own: no text gets lost.
             rest = "" if self.known else f"|(?:(?!{text})[\\x00-\\xff])+"
-            self.find_all = re.compile(text + rest, re.ASCII).findall
+            self.find_all = re.compile(text + rest).findall
         except (ValueError, re.error) as error:
             raise self.error(str(error)) from None
 
     def error(self, why: str) -> ValueError:
-        return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT2_PATTERN")
+        return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT4_PATTERN")
 
     def __call__(self, text: str) -> list[str]:
-        """Text -> its words. "".join(words) == text."""
-        folded = text if text.isascii() else fold(text)
+        """Text -> its words. "".join(words) == text, in the normal form."""
+        if text.isascii():
+            folded = text
+        else:
+            text = unicodedata.normalize(self.normal, text) if self.normal else text
+            try:
+                code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"half a character, {text[error.start]!r}, at {error.start}: take text.encode("
+                    "'utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+            for c in np.unique(code[FOLD[code] == 255]).tolist():
+                FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
+            folded = FOLD[code].tobytes().decode("latin-1")
         words = self.find_all(folded)
         if not self.known and "" in words:               # in front of something, say: a*(?=b)
             raise self.error("it matches the empty text")
@@ -342,21 +399,10 @@ class Splitter:
             return words
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
-    def for_oniguruma(self) -> str:
-        """The same pattern for the engine of the library tokenizers, where $ also matches at a
-        line's end and {1,3}+ means ({1,3})+."""
-        text = ITEM.sub(lambda item: r"\z" if item["end"] else item[0], self.pattern)
-        one = r"(\\[pP]\{\^?\w+\}|\\.|\[(?:\\.|[^\]\\])+\]|[^)])(\{\d+(?:,\d*)?\})\+"
-        text = re.sub(one, r"(?>\1\2)", text)
-        if re.search(r"\{[\d,]+\}\+", text):
-            raise self.error("(...){m,n}+ can't be written to a file: use an atomic group, (?>...)")
-        return text
-
 
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
-CACHE_WORDS = 1 << 19  # words that are remembered with their ids ...
-CACHE_BYTES = 1 << 25  # ... and bytes in them, before the memory is emptied
+MEMORY = 1 << 26       # bytes, about, of words that are remembered, with their ids
 
 
 class BPE:
@@ -376,84 +422,69 @@ class BPE:
         if vocab_size < 256 + len(names):
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes and {len(names)} special tokens "
                              f"need {256 + len(names)} or more")
-        self.vocab_size, self.pattern = int(vocab_size), pattern
-        self._split = Splitter(pattern)
-        self._set([], range(0), {name: i for i, name in enumerate(names, 256)})
+        self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
+        self._set([], range(0), {i: bytes([i]) for i in range(256)},
+                  {name: i for i, name in enumerate(names, 256)})
 
-    def _set(self, merges: list[Pair], made: Iterable[int], special: dict[str, int],
-             byte_ids: Iterable[int] = range(256), others: dict[int, bytes] | None = None,
+    def _set(self, merges: list[Pair], made: Iterable[int], token: dict[int, bytes],
+             special: dict[str, int], byte_ids: Iterable[int] = range(256),
              whole: dict[str, int] | None = None) -> None:
-        """made: the ids that the merges make. others: tokens that no merge makes. whole: words that
-        are one token, whatever the merges say. Everything is replaced at once: an interrupt leaves
-        the old tokenizer or the new one."""
-        token = {i: bytes([b]) for b, i in enumerate(byte_ids)} | (others or {})
-        for (left, right), i in zip(merges, made, strict=True):
-            token[i] = token[left] + token[right]
-        token |= {i: name.encode() for name, i in special.items()}
-        dtype = np.dtype(np.uint16 if max(token) < 65536 else np.uint32)
-        fixed = {item: i.to_bytes(dtype.itemsize, sys.byteorder)         # never forgotten
-                 for item, i in [*((i, i) for i in token), *(whole or {}).items()]}
+        """made: the ids that the merges make. token: the bytes of each id. whole: words that are
+        one token, whatever the merges say. Everything is replaced at once: an interrupt leaves the
+        old tokenizer or the new one."""
+        token = token | {i: name.encode() for name, i in special.items()}
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         vars(self).update(
-            merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges=Merges(merges, made), _dtype=dtype, _whole=whole, _fixed=fixed,
-            _known=dict(fixed), _room=CACHE_BYTES,
-            _state=(merges, made, special, byte_ids, others, whole))
+            merges=merges, special_tokens=special, _token=token, _whole=whole or {},
+            _merges=Merges(merges, made, byte_ids), _known={}, _room=MEMORY,
+            _special=re.compile(f"({names})") if names else None,
+            _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32))
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
         return max(self._token) + 1
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_known": {}, "_room": MEMORY}      # a copy meets its words by itself
+
     def fit(self, text: str | Iterable[str]) -> "BPE":
         """Learns the merges from a text, or an iterable of texts (read once, never held whole).
 
-        Words don't cross the texts of an iterable. The next merge is the most frequent pair inside
-        the words, ties go to the smaller (left id, right id). It stops early when no pair occurs
-        twice. An item that is no str, or has lone surrogates, is a ValueError; a special token's
-        name in a text is plain text, and a warning.
+        Words end where a text of the iterable ends (an open file is an iterable of lines) and at
+        the special tokens written in it, from which nothing is learned. The next merge is the most
+        frequent pair inside the words, ties go to the smaller (left id, right id). It stops early
+        when no pair occurs twice. An item that is no str, or has half a surrogate pair, is a
+        ValueError.
         """
-        counts, written = Counter(), Counter()           # words; names of special tokens
-
-        def checked(texts: Iterable[str]) -> Iterator[str]:
-            for item in texts:
-                if not isinstance(item, str):
-                    raise ValueError(f"{item!r} is no text")
-                written.update({name: item.count(name) for name in self.special_tokens})
-                yield item
-
-        batches = self._batches(checked([text] if isinstance(text, str) else text))
-        for part in spread(self._count, batches, "counting words"):
+        counts: Counter[str] = Counter()
+        for part in spread(self._count, self._batches(text, True, False), "counting words"):
             counts.update(part)
-        for name, times in (+written).items():
-            warnings.warn(f"{name!r} is written {times} times in the text, where it is plain text, "
-                          "not the special token: if it divides documents, cut the text there and "
-                          "give encode_file its id between them", stacklevel=2)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        end = 256 + len(merges)
+        end, token = 256 + len(merges), {i: bytes([i]) for i in range(256)}
+        for i, (left, right) in enumerate(merges, 256):
+            token[i] = token[left] + token[right]
         special = {name: i for i, name in enumerate(self.special_tokens, end)}
-        self._set(merges, range(256, end), special)
+        self._set(merges, range(256, end), token, special)
         return self
 
-    def _count(self, pieces: list[str]) -> Counter[str]:
-        return Counter(chain.from_iterable(map(self._split, pieces)))
+    def _count(self, pieces: list[str | int]) -> Counter[str]:
+        texts = (piece for piece in pieces if isinstance(piece, str))
+        return Counter(chain.from_iterable(map(self._split, texts)))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
-        of several the longest, becomes its id. Text with lone surrogates is a ValueError.
+        of several the longest, becomes its id. No other token is ever added, as with tokenizers'
+        add_special_tokens=False. Text with half a surrogate pair is a ValueError.
 
         >>> bpe = BPE(257, special_tokens=["<|end|>"])
         >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
         ([97, 256], 8)
         """
         if not isinstance(text, str):
-            raise ValueError(f"encode takes one str, not {type(text).__name__}")
-        parts: list[str | int] = [text]
-        if allow_special and self.special_tokens:
-            names = sorted(self.special_tokens, key=len, reverse=True)
-            parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-            parts[1::2] = map(self.special_tokens.get, parts[1::2])
+            raise ValueError(f"encode takes one str, not {_kind(text)}")
         ids: list[int] = []
-        for part in spread(self._encode, self._batches(parts), "encoding"):
+        for part in spread(self._encode, self._batches(text, allow_special), "encoding"):
             ids += np.frombuffer(part, self._dtype).tolist()
         return ids
 
@@ -461,31 +492,38 @@ class BPE:
         """Texts and ready ids -> their ids, as the bytes of an array."""
         known, words = self._known, []       # this one, though another thread may start a new one
         for piece in pieces:
-            words += self._split(piece) if isinstance(piece, str) else [piece]
-        if new := list(set(words).difference(known)):
-            merging = Words(new, self._byte_ids)
-            self._merges.apply(merging)
-            known |= zip(new, merging.results(self._dtype), strict=True)  # no interrupt parts them
-            self._room -= len(merging.id)
-            if len(known) > CACHE_WORDS or self._room < 0:
-                self._known, self._room = dict(self._fixed), CACHE_BYTES
+            if isinstance(piece, str):
+                words += self._split(piece)
+            else:
+                words.append(piece)
+                known[piece] = int(piece).to_bytes(self._dtype.itemsize, sys.byteorder)
+        if new := set(words).difference(known):
+            whole = {word: self._whole[word] for word in self._whole.keys() & new}
+            known |= {word: array(self._dtype.char, [i]).tobytes() for word, i in whole.items()}
+            known |= self._merges.encode([*new.difference(whole)], self._dtype)
+            self._room -= sum(map(len, new)) + 128 * len(new)
+            if self._room < 0:
+                self._known, self._room = {}, MEMORY
         return b"".join(map(known.__getitem__, words))
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
-                    out_path: str | os.PathLike) -> int:
+                    out_path: str | os.PathLike, allow_special: bool = False) -> int:
         """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy
         file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
 
-        An int in the iterable is an id, written as it is (a special token between documents).
-        Memory is bounded (if the pattern is one of KNOWN); the file takes its place only when it is
-        complete. Not UTF-8, lone surrogates, an unknown id: ValueError.
+        An int in the iterable is an id, written as it is (a special token between documents); a
+        word ends where a text ends (an open file is an iterable of lines: give its path). Special
+        tokens written in a text: as in encode. Memory is bounded (if the pattern is one of KNOWN);
+        the file takes its place only when it is complete. Not UTF-8, half a surrogate pair, an
+        unknown id: ValueError.
         """
         if isinstance(source, (str, os.PathLike)):
             source = read_text(source) if self._split.known else ["".join(read_text(source))]
+            source = self._with_whole_names(source) if allow_special else source
         total = 0
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
-            for ids in spread(self._encode, self._batches(source), "encoding"):
+            for ids in spread(self._encode, self._batches(source, allow_special), "encoding"):
                 file.write(ids)
                 total += len(ids) // self._dtype.itemsize
             file.seek(0)
@@ -493,34 +531,58 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, items: Iterable[str | int]) -> Iterator[list[str | int]]:
-        """Texts, cut where no word crosses, and ready ids, in lists of about BATCH characters."""
+    def _with_whole_names(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces, joined where one of them ends inside what may be a special token's name."""
+        begun = tuple({name[:n] for name in self.special_tokens for n in range(1, len(name))})
+        held = ""
+        for piece in pieces:
+            held += piece
+            if not held.endswith(begun):
+                yield held
+                held = ""
+        if held:
+            yield held
+
+    def _batches(self, texts: str | Iterable[str | int], allow_special: bool,
+                 ids: bool = True) -> Iterator[list[str | int]]:
+        """Texts, cut where no word crosses, and ids, in lists of about BATCH characters.
+        allow_special: special tokens in a text become ids. ids: there may be some already."""
         batch, size = [], 0
-        for item in items:
-            is_text = isinstance(item, str)
-            if not is_text and item not in self._token:
-                raise ValueError(f"{item!r} is no text and no id (0 to {len(self) - 1})")
-            for piece in cut(item) if is_text and self._split.known else [item]:
-                batch.append(piece)
-                size += len(piece) if is_text else 1
-                if size >= BATCH:
-                    yield batch
-                    batch, size = [], 0
+        for item in [texts] if isinstance(texts, str) else texts:
+            parts = [item]
+            if isinstance(item, str) and allow_special and self._special:
+                parts = self._special.split(item)        # every second one is a special token
+                parts[1::2] = map(self.special_tokens.get, parts[1::2])
+            elif not isinstance(item, str) and not (
+                    ids and isinstance(item, (int, np.integer)) and item in self._token):
+                raise ValueError(f"{_kind(item)} among the texts: give one str at a time"
+                                 + f", or an id from 0 to {len(self) - 1}" * ids)
+            for part in parts:
+                is_text = isinstance(part, str)
+                for piece in cut(part) if is_text and self._split.known else [part]:
+                    batch.append(piece)
+                    size += len(piece) if is_text else 1
+                    if size >= BATCH:
+                        yield batch
+                        batch, size = [], 0
         if batch:
             yield batch
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
         is a ValueError."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
-            return b"".join(map(self._token.__getitem__, ids))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{error.args[0]!r} is no id of this tokenizer (0 to {len(self) - 1})"
-                             ": does it belong to the model?") from None
+            row = ids.tolist() if hasattr(ids, "tolist") else ids
+            return b"".join(map(self._token.__getitem__, row))
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]!r:.40} is no id of this tokenizer (0 to "
+                             f"{len(self) - 1}): does it belong to the model?") from None
+        except TypeError:
+            raise ValueError(f"ids given as {_kind(ids)}: take one row of ids") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are not UTF-8 become U+FFFD. An unknown id is a ValueError."""
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD. An unknown id is a ValueError.
+        (Of a loaded tokenizer with a normal form, NFC or NFKC: the text in that form.)"""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
@@ -551,15 +613,17 @@ class BPE:
         split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": self.pattern == GPT2_PATTERN}
         if self.pattern != GPT2_PATTERN:
-            regex = {"type": "Split", "pattern": {"Regex": self._split.for_oniguruma()},
+            regex = {"type": "Split", "pattern": {"Regex": self.pattern},
                      "behavior": "Isolated", "invert": False}
             split = {"type": "Sequence", "pretokenizers": [regex, split]}
         off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        normal = self._split.normal
         data = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": text, **off, "special": True}
                              for text, i in self.special_tokens.items()],
-            "normalizer": None, "pre_tokenizer": split, "post_processor": None,
+            "normalizer": {"type": normal} if normal else None, "pre_tokenizer": split,
+            "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
                         "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
@@ -572,11 +636,13 @@ class BPE:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
-        """Reads a byte-level BPE tokenizer.json, ours or another's; ids are as in the file. What
-        is broken or can't be done exactly is a ValueError that names it."""
+        """Reads a byte-level BPE tokenizer.json, ours or another's (GPT-4o's, gpt-oss's, Llama 3's,
+        Qwen 3's ...); ids are as in the file. A post-processor that only puts special tokens around
+        a text is left out. What is broken or can't be done exactly is a ValueError that names it.
+        """
         try:
             with open(path, encoding="utf-8") as file:
-                return cls._read(json.load(file, object_pairs_hook=_once))
+                return cls._read(json.load(file))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             why = f"not a complete tokenizer.json ({error}): save it again"
         except (KeyError, TypeError, AttributeError) as error:
@@ -588,103 +654,120 @@ class BPE:
     @classmethod
     def _read(cls, data: dict) -> "BPE":
         """The tokenizer that the content of a tokenizer.json describes."""
-        model = data["model"]
+        model, added = data["model"], data.get("added_tokens") or []
         vocab, listed = model["vocab"], model["merges"]
-        special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
         if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
             raise ValueError(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
-        pattern, token_of, merges, made = _split_pattern(data), {}, [], []
+        pattern, normal = _how_it_splits(data)
+        special = {token["content"]: token["id"] for token in added}
+        token_of, merges, made = {}, [], []
         for token, i in chain(vocab.items(), special.items()):
             if type(i) is not int or not 0 <= i < 1 << 31:
                 raise ValueError(f"{token!r} has id {i!r}: use whole numbers from 0 to 2**31 - 1")
             if token_of.setdefault(i, token) != token or vocab.get(token, i) != i:
                 raise ValueError(f"id {i} of {token!r}: each token needs one id, each id one token")
-        byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
-        if missing := [f"{byte} ({x!r})" for x, byte in byte_of.items() if x not in vocab]:
+        if missing := [f"{b} ({c!r})" for b, c in enumerate(BYTE_LETTERS) if c not in vocab]:
             raise ValueError(f"no token for byte {', '.join(missing)[:60]}: not byte-level?")
-        for rank, entry in enumerate(listed):
-            try:
+        try:
+            for entry in listed:
                 left, right = entry.split(" ") if isinstance(entry, str) else entry
                 merges.append((vocab[left], vocab[right]))
                 made.append(vocab[left + right])
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"merge {rank} is {entry!r}: it must be two tokens that make a "
-                                 "third, all of them in the vocabulary") from None
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"merge {len(made)} is {entry!r}: it must be two tokens that make a "
+                             "third, all of them in the vocabulary") from None
         if len(set(merges)) < len(merges):
             raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        others, whole = {}, {}
+        bytes_of, whole = {}, {}
         for token, i in vocab.items():
-            byte_level = byte_of.keys() >= set(token)
-            others[i] = bytes(map(byte_of.get, token)) if byte_level else token.encode()
-            if model.get("ignore_merges") and byte_level and token not in special:
-                with contextlib.suppress(UnicodeDecodeError):
-                    whole[others[i].decode()] = i        # a word that is a token is taken whole
+            try:
+                bytes_of[i] = token.translate(LETTER_BYTES).encode("latin-1")
+                if model.get("ignore_merges") and token not in special:
+                    whole[bytes_of[i].decode()] = i      # a word that is a token is taken whole
+            except UnicodeEncodeError:                   # not made of BYTE_LETTERS
+                bytes_of[i] = token.encode()
+            except UnicodeDecodeError:                   # a part of a character, so no word
+                pass
         bpe = cls(256 + len(special), pattern, special)
-        bpe._set(merges, made, special, list(map(vocab.get, byte_of)), others, whole)
+        bpe._split = Splitter(pattern, normal)
+        bpe._set(merges, made, bytes_of, special, [vocab[c] for c in BYTE_LETTERS], whole)
         bpe.vocab_size = len(bpe)
         return bpe
+
+
+def _kind(item: object) -> str:
+    """What a message says of an argument: its type and shape, not what is in it."""
+    shape, first = [], item
+    while isinstance(first, (list, tuple)):
+        shape.append(len(first))
+        first = first[0] if first else None
+    shape = tuple(getattr(item, "shape", shape))
+    if len(shape) == 1 or isinstance(item, (bytes, dict, set)):
+        return f"a {type(item).__name__} of {len(item)}"
+    return f"a {type(item).__name__} of shape {shape}" if shape else f"{item!r:.40}"
 
 
 # The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can
 # be seen in Latin-1 for themselves, for the others those from U+0100 on.
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
+LETTER_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(BYTE_LETTERS)}
 
 # BPE.load refuses a file that sets one of these.
-NOT_DONE = {"normalizer", "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
+NOT_DONE = {"truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
             "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
 
 
-def _split_pattern(data: dict) -> str:
-    """The split pattern of a tokenizer.json; refuses by name what can't be done exactly."""
+def _how_it_splits(data: dict) -> tuple[str, str | None]:
+    """The split pattern and the normal form of a tokenizer.json; refuses by name what can't be done
+    exactly."""
     def refuse(found: object, what: str) -> None:
         if found:
-            raise ValueError(f"its {what} can't be reproduced exactly; supported: ByteLevel, "
-                             "alone or after a Split by a Regex (Isolated, false), add_prefix_space"
-                             " false, nothing that changes the text or adds tokens")
+            raise ValueError(what)
 
-    for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        for name in part.keys() & NOT_DONE:
-            refuse(part[name], f"{name} {part[name]!r:.60}")
     level = {"type": "ByteLevel"}
-    decoder, after = data.get("decoder") or level, data.get("post_processor") or level
-    refuse(decoder["type"] != "ByteLevel", f"decoder {decoder['type']}")
+    decoder, before = data.get("decoder") or level, data.get("pre_tokenizer") or {"type": None}
+    *split, last = before.get("pretokenizers", [before])
+    kinds = [step["type"] for step in (*split, last)]
+    refuse("ByteLevel" not in kinds or decoder["type"] != "ByteLevel",
+           f"it isn't byte-level: its pre_tokenizer is {kinds}, its decoder {decoder['type']}; "
+           "read is byte-level BPE, with ByteLevel in both")
+    refuse(kinds not in (["ByteLevel"], ["Split", "ByteLevel"]),
+           f"its pre_tokenizer is {kinds}; read is ByteLevel, alone or after one Split")
+    refuse(last.get("add_prefix_space", True), "its ByteLevel has add_prefix_space; read is false")
+    refuse(last.get("use_regex", True) == bool(split),
+           "its ByteLevel has use_regex; read is true without a Split before it, false with one")
+    normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    forms = [form["type"] for form in normal.get("normalizers", [normal])]
+    refuse(forms not in ([], ["NFC"], ["NFKC"]),
+           f"its normalizer is {forms}; read is none, NFC or NFKC")
+    for part in (data, data["model"], *(data.get("added_tokens") or [])):
+        for name in sorted(part.keys() & NOT_DONE):
+            refuse(part[name], f"it sets {name} to {part[name]!r:.60}; read is a file without")
+        refuse(forms and part.get("normalized"), f"its token {part.get('content')!r} is normalized "
+               "true: it is looked for in the normal form; read is false")
+    after = data.get("post_processor") or level
     for step in after.get("processors", [after]):
-        adds_nothing = [[*part] for part in step.get("single", ())] == [["Sequence"]]
-        refuse(step["type"] != "ByteLevel" and not adds_nothing, f"post_processor {step['type']}")
-    before = data.get("pre_tokenizer") or {"type": None}
-    *split, level = before.get("pretokenizers", [before])
-    kinds = [step["type"] for step in (*split, level)]
-    refuse(kinds not in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer {kinds}")
-    refuse(level.get("add_prefix_space", True), "add_prefix_space")
-    refuse(level.get("use_regex", True) == bool(split), "use_regex (true without a Split)")
+        texts = [part for part in step.get("single", []) if "Sequence" in part]
+        refuse("single" in step and len(texts) != 1, f"its post_processor {step['type']} has "
+               f"the text {len(texts)} times; read is once, with special tokens around it")
     if not split:
-        return GPT2_PATTERN
+        return GPT2_PATTERN, forms[0] if forms else None
     pattern = split[0]["pattern"].get("Regex")
-    refuse(not pattern, "Split by a string")
-    for odd in re.findall(r"\{[\d,]+\}\+|\$|\\Z", pattern):
-        refuse(odd, f"{odd} in a Split, which libraries read in different ways,")
+    refuse(not pattern, "its Split is by a string; read is a Regex")
     way = split[0].get("behavior"), bool(split[0].get("invert"))
     refuse(way != ("Isolated", False) and not (way == ("Removed", True) and pattern in KNOWN),
-           "Split with behavior={}, invert={}".format(*way))
-    return pattern
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, in which no name may appear twice."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"{Counter(n for n, _ in pairs).most_common(1)[0][0]!r} appears twice")
-    return found
+           "its Split has behavior {}, invert {}; read is Isolated, false".format(*way))
+    return pattern, forms[0] if forms else None
 
 
 # --- 5. large texts: files and worker processes ---------------------------------------------------
 
 PIECE = 1 << 15        # characters split at a time (few: most pieces are pure ASCII, and faster)
 BATCH = 1 << 21        # characters that a worker gets at a time
-WORKERS_FROM = 3       # batches; for fewer, starting processes (0.1 s) costs more than it saves
+WORKERS_FROM = 3       # batches; for fewer, starting processes (0.2 s) costs more than it saves
 MAX_WORKERS = 8        # more than one process can feed
 READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses small blocks better)
-WORKER_FLAG = "--bpe-worker"
 
 
 def cut(text: str, searched: int = 0) -> Iterator[str]:
@@ -748,90 +831,74 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
 
 def spread(work: Callable[[list], object], batches: Iterable[list], title: str) -> Iterator:
     """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
-    many, worker processes do it; this one does those that no worker answers."""
+    many, worker processes do it; this one does what none of them answers (because it was killed,
+    say: then an error of work itself is raised here)."""
     batches = iter(batches)
     first = list(islice(batches, WORKERS_FROM))
     if len(first) < WORKERS_FROM:
         yield from map(work, first)
         return
 
-    def answer(worker: subprocess.Popen | None, batch: list) -> object:
-        with contextlib.suppress(Exception):             # no worker, it died, or says other things
-            return pickle.load(worker.stdout)["answer"]
-        return work(batch)                               # here an error of work itself is raised
+    def answer(batch: list, future) -> object:
+        with contextlib.suppress(Exception):
+            return future.result()
+        return work(batch)
 
-    workers, busy = _start_workers(work) or [None], deque()      # busy: workers and their batches
-    try:
-        for worker, batch in zip(cycle(workers), _progress(chain(first, batches), title)):
-            answers = [answer(*busy.popleft())] if len(busy) == len(workers) else []
-            _send(worker, batch)
-            busy.append((worker, batch))
-            yield from answers
-        yield from starmap(answer, busy)
-    finally:
-        for worker in filter(None, workers):
-            worker.kill()
-            worker.communicate()
-
-
-def _start_workers(work: Callable[[list], object]) -> list[subprocess.Popen]:
-    """A process for each core, which knows the tokenizer: this file run by itself, so that the
-    caller's main module is never imported again and no thread is ever forked."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, bpe = [], work.__self__
-    if cores and cores > 1 and not getattr(sys, "frozen", False):
-        with contextlib.suppress(OSError, TypeError, NameError):         # no Python or file to run
-            while len(workers) < min(cores, MAX_WORKERS):
-                workers.append(subprocess.Popen(         # -P: no file here hides a module
-                    [sys.executable, "-P", os.path.abspath(__file__), WORKER_FLAG],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},      # 50 ms less to start
-                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)))
-    for worker in workers:
-        _send(worker, (work.__name__, bpe.pattern, bpe._state))
-    return workers
-
-
-def _send(worker: subprocess.Popen | None, message: object) -> None:
-    with contextlib.suppress(AttributeError, OSError):   # no worker, or it has died
-        pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
-        worker.stdin.flush()
-
-
-def _work() -> None:
-    """The main loop of a worker: batches in, answers out, until it is killed. What fails here ends
-    it, and the caller does that batch itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the caller's business
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    job, pattern, state = pickle.load(source)
-    bpe = BPE(256, pattern)
-    bpe._set(*state)
-    while True:
-        answer = getattr(bpe, job)(pickle.load(source))
-        pickle.dump({"answer": answer}, target, pickle.HIGHEST_PROTOCOL)
-        target.flush()
-
-
-def draw_tokens(tokens: list[str], path: str | os.PathLike) -> None:
-    """Draws the tokens of a text, as `show(text).split("|")` gives them, as a row of pale boxes
-    with nothing behind them, which can be read on a white and on a black page."""
+    workers = min(cores or 1, MAX_WORKERS)
+    pool, waiting = _pool(work, workers), deque()        # waiting: batches, with their futures
     try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("No picture: it needs matplotlib (pip install matplotlib)")
-        return
-    ends = list(accumulate(map(len, tokens), initial=0))
-    figure = Figure(figsize=(max(1, ends[-1] / 8), 0.5), layout="constrained")
-    axes = figure.subplots()
-    for n, (token, (start, end)) in enumerate(zip(tokens, pairwise(ends), strict=True)):
-        axes.barh(0, end - start, left=start, color=colormaps["Pastel1"](n % 9), edgecolor="gray")
-        axes.text((start + end) / 2, 0, token, ha="center", va="center", family="monospace",
-                  parse_math=False)
-    axes.set_xlim(0, max(1, ends[-1]))
-    axes.axis("off")
-    figure.savefig(path, dpi=150, transparent=True)
-    print(f"drawn: {path}")
+        for batch in _progress(chain(first, batches), title):
+            waiting.append((batch, _submit(pool, batch)))
+            if len(waiting) > (2 * workers if waiting[-1][1] else 0):
+                yield answer(*waiting.popleft())
+        yield from starmap(answer, waiting)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pool(work: Callable[[list], object], workers: int):
+    """A pool of processes that are started when they are needed, or None where none can be: in a
+    worker or a daemon, in a frozen program, on a system without semaphores."""
+    if workers < 2 or multiprocessing.parent_process() or getattr(sys, "frozen", False):
+        return None
+    with contextlib.suppress(ImportError, NotImplementedError, OSError):
+        from concurrent.futures import ProcessPoolExecutor
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
+    return None
+
+
+_STARTING = threading.Lock()
+
+
+def _submit(pool, batch: list):
+    """The future of a batch, or None if no worker can have it. A new process would import what
+    `__main__` says, the caller's script: so an empty module stands there meanwhile."""
+    with contextlib.suppress(Exception), _STARTING:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            return pool.submit(_do, batch)
+        finally:
+            sys.modules["__main__"] = main
+    return None
+
+
+def _begin(work: Callable[[list], object]) -> None:
+    """The start of a worker. Ctrl-C is the caller's business; if it is killed, this process ends,
+    too."""
+    def end_with_the_caller() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    _do.work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_the_caller, daemon=True).start()
+
+
+def _do(batch: list) -> object:
+    return _do.work(batch)
 
 
 def demo() -> None:
@@ -853,4 +920,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    _work() if sys.argv[1:] == [WORKER_FLAG] else demo()
+    demo()
