@@ -94,15 +94,10 @@ def textbook_encode(word: str, merges: list[Pair]) -> list[int]:
 BORDER, GONE = -1, -2                       # no ids: between two words; merged into its neighbour
 
 
-def first_of_equals(items: np.ndarray) -> np.ndarray:
-    """Where, in a sorted array, each new value begins."""
-    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
-
-
 class Words:
     """All words end to end in one array of ids, with a border before, between and behind them. A
     place in it keeps its number: merging writes the new id at the left place of a pair and takes
-    the right place out of the chain of neighbours, which is a ring.
+    the right place out of the chain of neighbours, a ring.
 
         place         0   1   2   3   4   5   6   7   8   9  10
         id            |   l   o   w   |   l   o   w   e   r   |
@@ -111,8 +106,6 @@ class Words:
     >>> words = Words(["low", "lower"], range(256))
     >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
     array([0, 1, 4, 5])
-    >>> words.id.tolist(), int(words.next[1])
-    ([-1, 256, -2, 119, -1, 256, -2, 119, 101, 114, -1], 3)
     """
 
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
@@ -146,6 +139,11 @@ class Words:
         return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
 
 
+def first_of_equals(items: np.ndarray) -> np.ndarray:
+    """Where, in a sorted array, each new value begins."""
+    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
+
+
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each item goes on with the run of the item before it -> the number of the item that
     starts its run, and whether it is the run's first, third ... (of aaaaa, the pairs to merge)."""
@@ -158,11 +156,10 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """textbook_fit for all words: makes and yields the merges, most frequent pair first, ties to
     the smaller ids. counts: how often each word occurs.
 
-    The id at a place only ever gives way to a newer one. So a pair comes into being when the later
-    of its two ids is made, at all its places at once, and these are noted then, once and for all:
-    other merges can only take places from it. Hence a count on the heap is never too low, and a
-    pair that leaves the heap with all its places is the most frequent one; any other is counted
-    again and put back."""
+    An id only ever gives way to a newer one. So a pair exists from one moment on, when the later of
+    its two ids is made, at all its places: they are noted then, and later merges only take places
+    away. Hence a count on the heap is never too low, and a pair that leaves the heap with all its
+    places is the most frequent one; any other is counted again and put back."""
     weight = np.array([*counts, 0])[words.word]          # (N,), how often each place's word occurs
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
@@ -187,9 +184,8 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
             if (count := int(weight.take(places).sum())) > 1:
                 heapq.heappush(heap, (-count, pair, places))
             continue
-        left, right = pair >> 32, pair & 0xFFFFFFFF
-        yield left, right
-        if left == right:                                # in aaa two of them overlap
+        yield (pair >> 32, pair & 0xFFFFFFFF)
+        if pair >> 32 == pair & 0xFFFFFFFF:              # in aaa two of them overlap
             before = words.pairs(words.previous[places])
             places = places[run_starts(before == pair)[1]]
         note(words.join(places, new))
@@ -197,31 +193,29 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The merges of a tokenizer, in their order: the rank of a pair is its place in it. Encoding
-    a word means: the pair of the lowest rank is merged, the leftmost of several, until none is
-    left.
+    """The merges of a tokenizer. The rank of a pair is its place among them; of the pairs in a word
+    the one of the lowest rank is merged, the leftmost of several, until none is left.
 
     One by one would be slow. But merges that use nothing another one of them makes can be made
     together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If
-    a is the lowest rank in a word, all that the band will merge there is there already.
-
-    Files of others may have a merge whose result one of a lower rank uses. It is lonely: a band
-    of its own, in which a word's leftmost pair is merged and then the ranks are looked at again.
-    """
+    a is the lowest rank in a word, all that its band will merge there is there already.
+    In a foreign file a merge may make what one of a lower rank uses. It is lonely, a band of its
+    own: a word's leftmost pair is merged, then the ranks are looked at again."""
 
     def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
-        self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
-        self.rank_of = dict(zip(merges, range(self.none), strict=True))
-        pair = np.array([*merges, (1 << 30, 0)])         # (none + 1, 2); the last one is no pair
-        pair = pair[:, 0] << 32 | pair[:, 1]
-        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs
+        self.made, self.byte_ids, self.none = [*made], byte_ids, len(merges)
+        self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
+        pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
+        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        ranks = np.arange(self.none, dtype=np.int32)
-        used = np.array([first_use.get(i, self.none) for i in made], np.int32)  # first, its result
-        self.lonely = np.append(used <= ranks, False)    # self.none, the rank of no merge, is none
+        # Which rank is the first to use what each one makes; none makes nothing and has no band.
+        used = np.array([*(first_use.get(i, self.none) for i in self.made), self.none + 1])
+        ranks = np.arange(self.none + 1)
+        self.lonely = used <= ranks
         limit = np.minimum.accumulate(np.maximum(used, ranks)[::-1])[::-1]
-        self.limit = np.append(np.maximum(limit, ranks + 1), 0)
+        self.limit = np.append(np.maximum(limit, ranks + 1)[:-1], 0)
+        self.any_lonely = self.lonely.any()
 
     def look_up(self, pair: np.ndarray) -> np.ndarray:
         """Pairs -> the ranks of their merges, or none."""
@@ -230,16 +224,15 @@ class Merges:
 
     def apply(self, words: Words) -> None:
         """textbook_encode for all words: makes all merges, as if one by one."""
+        made, borders = np.array(self.made), np.flatnonzero(words.id == BORDER)
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
-        borders, any_lonely = np.flatnonzero(words.id == BORDER), self.lonely.any()
         while (lowest := rank.min()) < self.none:
-            if any_lonely:                               # then each word has its own band
+            if self.any_lonely:                          # then each word has its own band
                 lowest = np.minimum.reduceat(rank, borders)[words.word]
             places = np.flatnonzero(rank < self.limit[lowest])
-            if any_lonely:
-                leftmost = np.zeros(len(places), bool)
-                leftmost[first_of_equals(words.word[places])] = True
+            if self.any_lonely:
+                leftmost = np.isin(np.arange(len(places)), first_of_equals(words.word[places]))
                 places = places[leftmost | ~self.lonely[rank[places]]]
             here, after = rank[places], rank[words.next[places]]
             before = rank[words.previous[places]]
@@ -248,44 +241,30 @@ class Merges:
             start, odd = run_starts(before == here)
             places = places[(before > here)[start] & odd & (here <= after)]
             gone = words.next[places]
-            changed = words.join(places, self.made[rank[places]])
+            changed = words.join(places, made[rank[places]])
             rank[gone] = self.none
             rank[changed] = self.look_up(words.pairs(changed))
 
     def apply_to_one(self, word: str) -> list[int]:
-        """One word -> its ids, by a heap of (rank, place): quicker than arrays for a few words."""
-        ids = [*map(self.byte_ids.__getitem__, word.encode()), GONE]      # a ring, like Words
-        following, previous = [*range(1, len(ids)), len(ids) - 1], [*range(-1, len(ids) - 1)]
-        ranks = map(self.rank_of.get, pairwise(ids))
-        heap = [(rank, place) for place, rank in enumerate(ranks) if rank is not None]
+        """The ids of one word, by a heap of (rank, place): quicker for a few words, and for lonely
+        merges in a long one."""
+        ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
+        following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
+        heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
+                if pair in self.rank_of]
         heapq.heapify(heap)
         while heap:
             rank, place = heapq.heappop(heap)
             right = following[place]
-            if self.rank_of.get((ids[place], ids[right])) == rank:        # it is still there
-                ids[place], ids[right] = int(self.made[rank]), GONE
+            if self.rank_of.get((ids[place], ids[right])) == rank:           # it is still there
+                ids[place], ids[right] = self.made[rank], GONE
                 following[place] = after = following[right]
                 previous[after] = place
                 for begin in (previous[place], place):
-                    new = self.rank_of.get((ids[begin], ids[following[begin]]))
-                    if new is not None:
-                        heapq.heappush(heap, (new, begin))
-        return [i for i in ids if i != GONE]
-
-    def encode(self, words: list[str], dtype: np.dtype) -> dict[str, bytes]:
-        """The ids of each word, as the bytes of an array."""
-        few, any_lonely = sum(map(len, words)) < FEW, self.lonely.any()
-        many = [word for word in words if not few and (len(word) < FEW or not any_lonely)]
-        one = set(words).difference(many)
-        found = {word: array(dtype.char, self.apply_to_one(word)).tobytes() for word in one}
-        if many:
-            merging = Words(many, self.byte_ids)
-            self.apply(merging)
-            found |= zip(many, merging.results(dtype), strict=True)
-        return found
-
-
-FEW = 500              # characters of words, for which a plain loop is quicker than arrays
+                    pair = ids[begin], ids[following[begin]]
+                    if pair in self.rank_of:
+                        heapq.heappush(heap, (self.rank_of[pair], begin))
+        return [i for i in ids if i >= 0]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -321,7 +300,7 @@ FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category has
 FOLD[:128] = range(128)
 FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
 
-# What a pattern may consist of: classes, sets, letters in any case, and what `re` reads the same.
+# What a pattern may have: sets, classes, letters in any case, and what all engines read alike.
 CLASS = r"\\[pP]\{\w+\}|\\[sS]"
 CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
 ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
@@ -331,39 +310,34 @@ ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})
 
 def translate(item: re.Match) -> str:
     """One item of a pattern, in folded letters."""
-    text = item[0]
-    if item["group"]:
-        return "(?:"
-    if item["any"]:                                      # (?i:[st]|ll) -> (?:[sSſtT]|[lL][lL])
-        others = {"s": chr(LONG_S), "k": chr(KELVIN)}
-        return "(?:" + re.sub(r"\[(\w+)\]|(\w)", lambda found: "[" + "".join(
-            c + c.upper() + others.get(c, "") for c in found[found.lastindex].lower()) + "]",
-            item["any"]) + ")"
-    if item["set"] and re.search(r"&&|--|~~|\|\||\\[sS]-|\}-|-\\[pPsS]", text):
-        raise ValueError(f"{text}: no set operations, no ranges of classes")
+    def members(name: re.Match) -> str:                  # \p{L}, \P{L}, \s, \S
+        kind = name[0][3:-1]
+        found = [CATEGORY_OF[b].startswith(kind) if kind else b in SPACE for b in range(161)]
+        if not any(found):
+            raise ValueError(f"{name[0]}: give a general category of Unicode, such as L, Lu or N")
+        return "".join(f"\\x{b:02x}" for b in range(161) if found[b] == (name[0][1] in "ps"))
 
-    def letters(found: re.Match) -> str:
-        name, inside = found[0][3:-1], []
-        for b, category in enumerate(CATEGORY_OF):
-            if (category.startswith(name) if name else b in SPACE) == (found[0][1] in "ps"):
-                inside.append(f"\\x{b:02x}")
-        if name and len(inside) in (0, len(CATEGORY_OF)):
-            raise ValueError(f"{found[0]}: give a general category of Unicode, such as L, Lu or N")
-        return "".join(inside)
+    def both_cases(letters: re.Match) -> str:            # [st] or t of (?i:[st]|t)
+        both = letters[0].strip("[]").lower() + letters[0].strip("[]").upper()
+        return f"[{both}{chr(LONG_S) * ('s' in both)}{chr(KELVIN) * ('k' in both)}]"
 
-    return f"[{letters(item)}]" if item["class"] else re.sub(CLASS, letters, text)
+    if item["set"] and re.search(r"&&|--|~~|\|\||\\[sS]-|\}-|-\\[pPsS]", item["set"]):
+        raise ValueError(f"{item['set']}: no set operations, no ranges of classes")
+    if item["any"]:
+        return "(?:" + re.sub(r"\[\w+\]|\w", both_cases, item["any"]) + ")"
+    text = re.sub(CLASS, members, item[0])
+    return "(?:" if item["group"] else f"[{text}]" if item["class"] else text
 
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
-    normal: the normal form, NFC or NFKC, that the text is brought into before, or None.
-    ValueError for a pattern that can't be translated, and for text with lone surrogates."""
+    normal: the normal form, NFC or NFKC, into which the text is brought before, or None.
+    ValueError for a pattern that can't be translated, and for text with half a surrogate pair."""
 
     def __init__(self, pattern: str, normal: str | None = None):
         self.pattern, self.normal, self.known = pattern, normal, pattern in KNOWN
         try:
-            if not pattern.isascii() or (odd := ITEM.sub("", pattern)):
-                odd = re.sub("[ -~]", "", pattern) or odd
+            if odd := re.sub("[ -~]", "", pattern) or ITEM.sub("", pattern):
                 raise ValueError(f"{odd}: only ASCII, classes, sets, groups and repetitions")
             text = ITEM.sub(translate, pattern)
             if re.match(text, ""):
@@ -372,37 +346,37 @@ class Splitter:
             rest = "" if self.known else f"|(?:(?!{text})[\\x00-\\xff])+"
             self.find_all = re.compile(text + rest).findall
         except (ValueError, re.error) as error:
-            raise self.error(str(error)) from None
-
-    def error(self, why: str) -> ValueError:
-        return ValueError(f"pattern {self.pattern!r}: {why}; write it like GPT4_PATTERN")
+            raise ValueError(f"pattern {pattern!r}: {error}; write it like GPT4_PATTERN") from None
 
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text, in the normal form."""
-        if text.isascii():
-            folded = text
-        else:
-            text = unicodedata.normalize(self.normal, text) if self.normal else text
-            try:
-                code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"half a character, {text[error.start]!r}, at {error.start}: take text.encode("
-                    "'utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
-            for c in np.unique(code[FOLD[code] == 255]).tolist():
-                FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-            folded = FOLD[code].tobytes().decode("latin-1")
+        if self.normal and not text.isascii():
+            text = unicodedata.normalize(self.normal, text)
+        folded = text if text.isascii() else fold(text)
         words = self.find_all(folded)
         if not self.known and "" in words:               # in front of something, say: a*(?=b)
-            raise self.error("it matches the empty text")
+            raise ValueError(f"pattern {self.pattern!r}: it matches the empty text; repeat with +")
         if folded is text:
             return words
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
 
+def fold(text: str) -> str:
+    """A text in folded letters."""
+    try:
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character, {text[error.start]!r}, at {error.start}: take text."
+                         "encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+    for c in np.unique(code[FOLD[code] == 255]).tolist():
+        FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
+    return FOLD[code].tobytes().decode("latin-1")
+
+
 # --- 4. the tokenizer -----------------------------------------------------------------------------
 
-MEMORY = 1 << 26       # bytes, about, of words that are remembered, with their ids
+MEMORY = 1 << 26       # bytes, about, of words that are remembered with their ids
+FEW = 500              # characters of new words: up to so many a plain loop is quicker than arrays
 
 
 class BPE:
@@ -423,21 +397,25 @@ class BPE:
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes and {len(names)} special tokens "
                              f"need {256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
-        self._set([], range(0), {i: bytes([i]) for i in range(256)},
-                  {name: i for i, name in enumerate(names, 256)})
+        self._set([], [], dict.fromkeys(names))
 
-    def _set(self, merges: list[Pair], made: Iterable[int], token: dict[int, bytes],
-             special: dict[str, int], byte_ids: Iterable[int] = range(256),
+    def _set(self, merges: list[Pair], made: Iterable[int], special: dict[str, int | None],
+             byte_ids: Iterable[int] = range(256), token: dict[int, bytes] | None = None,
              whole: dict[str, int] | None = None) -> None:
-        """made: the ids that the merges make. token: the bytes of each id. whole: words that are
-        one token, whatever the merges say. Everything is replaced at once: an interrupt leaves the
-        old tokenizer or the new one."""
-        token = token | {i: name.encode() for name, i in special.items()}
+        """made: the ids that the merges make. token: the bytes of each id, if a file tells. whole:
+        words (in BYTE_LETTERS) that are one token, whatever the merges say. Everything is replaced
+        at once: an interrupt leaves the old tokenizer or the new one."""
+        if token is None:
+            token = {i: bytes([i]) for i in range(256)}
+            for (left, right), i in zip(merges, made, strict=True):
+                token[i] = token[left] + token[right]
+            special = {name: i for i, name in enumerate(special, len(token))}
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        token = token | {i: name.encode() for name, i in special.items()}
         vars(self).update(
-            merges=merges, special_tokens=special, _token=token, _whole=whole or {},
-            _merges=Merges(merges, made, byte_ids), _known={}, _room=MEMORY,
-            _special=re.compile(f"({names})") if names else None,
+            merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
+            _merges=Merges(merges, made, byte_ids), _whole=whole or {}, _known={}, _room=MEMORY,
+            _names=re.compile(f"({names})") if names else None,
             _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32))
 
     def __len__(self) -> int:
@@ -450,22 +428,17 @@ class BPE:
     def fit(self, text: str | Iterable[str]) -> "BPE":
         """Learns the merges from a text, or an iterable of texts (read once, never held whole).
 
-        Words end where a text of the iterable ends (an open file is an iterable of lines) and at
-        the special tokens written in it, from which nothing is learned. The next merge is the most
-        frequent pair inside the words, ties go to the smaller (left id, right id). It stops early
-        when no pair occurs twice. An item that is no str, or has half a surrogate pair, is a
-        ValueError.
+        The next merge is the most frequent pair inside the words, ties go to the smaller (left id,
+        right id). It stops early when no pair occurs twice. Words end where a text of the iterable
+        ends (an open file is an iterable of lines), and at the special tokens written in it, from
+        which nothing is learned. ValueError for an item that is no str or has half a character.
         """
         counts: Counter[str] = Counter()
-        for part in spread(self._count, self._batches(text, True, False), "counting words"):
+        for part in spread(self._count, self._batches(text, True, ids=False), "counting words"):
             counts.update(part)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        end, token = 256 + len(merges), {i: bytes([i]) for i in range(256)}
-        for i, (left, right) in enumerate(merges, 256):
-            token[i] = token[left] + token[right]
-        special = {name: i for i, name in enumerate(self.special_tokens, end)}
-        self._set(merges, range(256, end), token, special)
+        self._set(merges, range(256, 256 + len(merges)), self.special_tokens)
         return self
 
     def _count(self, pieces: list[str | int]) -> Counter[str]:
@@ -474,8 +447,8 @@ class BPE:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
-        of several the longest, becomes its id. No other token is ever added, as with tokenizers'
-        add_special_tokens=False. Text with half a surrogate pair is a ValueError.
+        of several the longest, becomes its id. No other is ever added, as with tokenizers'
+        add_special_tokens=False. ValueError for what is no str or has half a character.
 
         >>> bpe = BPE(257, special_tokens=["<|end|>"])
         >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
@@ -490,17 +463,27 @@ class BPE:
 
     def _encode(self, pieces: list[str | int]) -> bytes:
         """Texts and ready ids -> their ids, as the bytes of an array."""
-        known, words = self._known, []       # this one, though another thread may start a new one
+        known, merges, words = self._known, self._merges, []     # a thread may start a new memory
+        kind = self._dtype.char
         for piece in pieces:
             if isinstance(piece, str):
                 words += self._split(piece)
             else:
                 words.append(piece)
-                known[piece] = int(piece).to_bytes(self._dtype.itemsize, sys.byteorder)
+                known[piece] = array(kind, [piece]).tobytes()
         if new := set(words).difference(known):
-            whole = {word: self._whole[word] for word in self._whole.keys() & new}
-            known |= {word: array(self._dtype.char, [i]).tobytes() for word, i in whole.items()}
-            known |= self._merges.encode([*new.difference(whole)], self._dtype)
+            few = sum(map(len, new)) < FEW
+            many = [w for w in new if not few and (len(w) < FEW or not merges.any_lonely)]
+            one = new.difference(many)
+            found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in one}
+            if many:
+                merging = Words(many, self._byte_ids)
+                merges.apply(merging)
+                found |= zip(many, merging.results(self._dtype), strict=True)
+            if self._whole:
+                ids = {word: self._whole.get(_letters(word.encode())) for word in new}
+                found |= {w: array(kind, [i]).tobytes() for w, i in ids.items() if i is not None}
+            known |= found                               # at once: an interrupt leaves no half word
             self._room -= sum(map(len, new)) + 128 * len(new)
             if self._room < 0:
                 self._known, self._room = {}, MEMORY
@@ -511,15 +494,16 @@ class BPE:
         """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy
         file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
 
-        An int in the iterable is an id, written as it is (a special token between documents); a
-        word ends where a text ends (an open file is an iterable of lines: give its path). Special
-        tokens written in a text: as in encode. Memory is bounded (if the pattern is one of KNOWN);
-        the file takes its place only when it is complete. Not UTF-8, half a surrogate pair, an
-        unknown id: ValueError.
+        An int in the iterable is an id, written as it is (a special token between documents). Words
+        end where a text ends (an open file is an iterable of lines: give its path). Special tokens
+        written in a text: as in encode. Memory is bounded (if the pattern is one of KNOWN); the
+        file takes its place only when it is complete. ValueError for what is not UTF-8, half a
+        character, an unknown id.
         """
         if isinstance(source, (str, os.PathLike)):
-            source = read_text(source) if self._split.known else ["".join(read_text(source))]
-            source = self._with_whole_names(source) if allow_special else source
+            names = self.special_tokens if allow_special else ()
+            bounded = self._split.known and not any(CUT.search("." + name, 2) for name in names)
+            source = read_text(source) if bounded else ["".join(read_text(source))]
         total = 0
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
@@ -531,37 +515,24 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _with_whole_names(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces, joined where one of them ends inside what may be a special token's name."""
-        begun = tuple({name[:n] for name in self.special_tokens for n in range(1, len(name))})
-        held = ""
-        for piece in pieces:
-            held += piece
-            if not held.endswith(begun):
-                yield held
-                held = ""
-        if held:
-            yield held
-
     def _batches(self, texts: str | Iterable[str | int], allow_special: bool,
                  ids: bool = True) -> Iterator[list[str | int]]:
-        """Texts, cut where no word crosses, and ids, in lists of about BATCH characters.
-        allow_special: special tokens in a text become ids. ids: there may be some already."""
+        """Texts, cut where no word crosses, and ids, in lists of about BATCH characters. ids: the
+        items may be ids. allow_special: the special tokens in a text become ids."""
         batch, size = [], 0
         for item in [texts] if isinstance(texts, str) else texts:
             parts = [item]
-            if isinstance(item, str) and allow_special and self._special:
-                parts = self._special.split(item)        # every second one is a special token
-                parts[1::2] = map(self.special_tokens.get, parts[1::2])
-            elif not isinstance(item, str) and not (
-                    ids and isinstance(item, (int, np.integer)) and item in self._token):
+            if isinstance(item, str):
+                if allow_special and self._names:
+                    parts = self._names.split(item)      # every second one is a special token
+                    parts[1::2] = map(self.special_tokens.get, parts[1::2])
+            elif not (ids and isinstance(item, (int, np.integer)) and item in self._token):
                 raise ValueError(f"{_kind(item)} among the texts: give one str at a time"
                                  + f", or an id from 0 to {len(self) - 1}" * ids)
             for part in parts:
-                is_text = isinstance(part, str)
-                for piece in cut(part) if is_text and self._split.known else [part]:
+                for piece in cut([part]) if isinstance(part, str) and self._split.known else [part]:
                     batch.append(piece)
-                    size += len(piece) if is_text else 1
+                    size += len(piece) if isinstance(piece, str) else 1
                     if size >= BATCH:
                         yield batch
                         batch, size = [], 0
@@ -578,11 +549,11 @@ class BPE:
             raise ValueError(f"{error.args[0]!r:.40} is no id of this tokenizer (0 to "
                              f"{len(self) - 1}): does it belong to the model?") from None
         except TypeError:
-            raise ValueError(f"ids given as {_kind(ids)}: take one row of ids") from None
+            raise ValueError(f"ids are {_kind(ids)}: give one row of them") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are not UTF-8 become U+FFFD. An unknown id is a ValueError.
-        (Of a loaded tokenizer with a normal form, NFC or NFKC: the text in that form.)"""
+        """Ids -> text (in the normal form of a loaded tokenizer, if it has one); bytes that are not
+        UTF-8 become U+FFFD. An unknown id is a ValueError."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
@@ -604,28 +575,26 @@ class BPE:
         tokens in a text for what they are (our allow_special=True). ValueError for what the format
         can't express.
         """
-        name = {i: t.decode("latin-1").translate(BYTE_LETTERS) for i, t in self._token.items()}
+        name = {i: _letters(token) for i, token in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             twice = Counter(name.values()).most_common(1)[0][0]
             raise ValueError(f"two tokens are both written {twice!r}, which the file format can't "
                              "express: choose other special tokens")
-        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": self.pattern == GPT2_PATTERN}
+        split = level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                         "use_regex": self.pattern == GPT2_PATTERN}
         if self.pattern != GPT2_PATTERN:
             regex = {"type": "Split", "pattern": {"Regex": self.pattern},
                      "behavior": "Isolated", "invert": False}
-            split = {"type": "Sequence", "pretokenizers": [regex, split]}
+            split = {"type": "Sequence", "pretokenizers": [regex, level]}
         off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        normal = self._split.normal
+        normal = self._split.normal and {"type": self._split.normal}
         data = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": text, **off, "special": True}
                              for text, i in self.special_tokens.items()],
-            "normalizer": {"type": normal} if normal else None, "pre_tokenizer": split,
-            "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                        "use_regex": True},
+            "normalizer": normal, "pre_tokenizer": split, "post_processor": None,
+            "decoder": level | {"add_prefix_space": True, "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(self._whole),
@@ -637,9 +606,9 @@ class BPE:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
         """Reads a byte-level BPE tokenizer.json, ours or another's (GPT-4o's, gpt-oss's, Llama 3's,
-        Qwen 3's ...); ids are as in the file. A post-processor that only puts special tokens around
-        a text is left out. What is broken or can't be done exactly is a ValueError that names it.
-        """
+        Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
+        is left out, as encode adds none. What is broken or can't be done exactly is a ValueError
+        that names it."""
         try:
             with open(path, encoding="utf-8") as file:
                 return cls._read(json.load(file))
@@ -654,45 +623,90 @@ class BPE:
     @classmethod
     def _read(cls, data: dict) -> "BPE":
         """The tokenizer that the content of a tokenizer.json describes."""
-        model, added = data["model"], data.get("added_tokens") or []
+        model, pattern, normal = data["model"], *_how_it_splits(data)
         vocab, listed = model["vocab"], model["merges"]
         if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
             raise ValueError(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
-        pattern, normal = _how_it_splits(data)
-        special = {token["content"]: token["id"] for token in added}
-        token_of, merges, made = {}, [], []
-        for token, i in chain(vocab.items(), special.items()):
-            if type(i) is not int or not 0 <= i < 1 << 31:
-                raise ValueError(f"{token!r} has id {i!r}: use whole numbers from 0 to 2**31 - 1")
-            if token_of.setdefault(i, token) != token or vocab.get(token, i) != i:
-                raise ValueError(f"id {i} of {token!r}: each token needs one id, each id one token")
-        if missing := [f"{b} ({c!r})" for b, c in enumerate(BYTE_LETTERS) if c not in vocab]:
-            raise ValueError(f"no token for byte {', '.join(missing)[:60]}: not byte-level?")
+        special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        names, merges, made, token_bytes = vocab | special, [], [], {}
+        odd = [f"{name!r} has id {i!r}" for name, i in names.items()
+               if type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i]
+        odd += [f"id {i} has {n} tokens" for i, n in Counter(names.values()).items() if n > 1]
+        odd += [f"byte {b} ({c!r}) has no token" for c, b in BYTE_OF.items() if c not in vocab]
+        if odd:
+            raise ValueError(f"{', '.join(odd[:3])}: each byte needs a token, each token an id of "
+                             "its own, a whole number from 0 to 2**31 - 1")
         try:
             for entry in listed:
                 left, right = entry.split(" ") if isinstance(entry, str) else entry
-                merges.append((vocab[left], vocab[right]))
                 made.append(vocab[left + right])
+                merges.append((vocab[left], vocab[right]))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"merge {len(made)} is {entry!r}: it must be two tokens that make a "
+            raise ValueError(f"merge {len(merges)} is {entry!r}: it must be two tokens that make a "
                              "third, all of them in the vocabulary") from None
         if len(set(merges)) < len(merges):
             raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        bytes_of, whole = {}, {}
-        for token, i in vocab.items():
+        for name, i in vocab.items():
             try:
-                bytes_of[i] = token.translate(LETTER_BYTES).encode("latin-1")
-                if model.get("ignore_merges") and token not in special:
-                    whole[bytes_of[i].decode()] = i      # a word that is a token is taken whole
-            except UnicodeEncodeError:                   # not made of BYTE_LETTERS
-                bytes_of[i] = token.encode()
-            except UnicodeDecodeError:                   # a part of a character, so no word
-                pass
+                token_bytes[i] = bytes([BYTE_OF[letter] for letter in name])
+            except KeyError:                             # not made of BYTE_LETTERS
+                token_bytes[i] = name.encode()
+        whole = {n: vocab[n] for n in vocab.keys() - special} if model.get("ignore_merges") else {}
         bpe = cls(256 + len(special), pattern, special)
         bpe._split = Splitter(pattern, normal)
-        bpe._set(merges, made, bytes_of, special, [vocab[c] for c in BYTE_LETTERS], whole)
+        bpe._set(merges, made, special, [vocab[c] for c in BYTE_LETTERS], token_bytes, whole)
         bpe.vocab_size = len(bpe)
         return bpe
+
+
+# The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can
+# be seen in Latin-1 for themselves, for the others those from U+0100 on.
+_others = map(chr, range(256, 512))
+BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
+BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+
+
+def _letters(token: bytes) -> str:
+    return token.decode("latin-1").translate(BYTE_LETTERS)
+
+
+# BPE.load refuses a file that sets one of these.
+NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
+            "continuing_subword_prefix", "end_of_word_suffix")
+CAN_BE_READ = ("byte-level BPE: ByteLevel alone (add_prefix_space false, use_regex true) or behind "
+               "one Split by a Regex (Isolated; use_regex false); NFC, NFKC or no normalizer, with "
+               "tokens that aren't normalized; a post_processor with the text once")
+
+
+def _how_it_splits(data: dict) -> tuple[str, str | None]:
+    """The split pattern and the normal form of a tokenizer.json; names what can't be done exactly."""
+    level, pattern, wrong = {"type": "ByteLevel"}, None, []
+    match data.get("pre_tokenizer") or {"type": None}:
+        case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
+            pattern = GPT2_PATTERN
+        case {"pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": way, **more},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} if (
+                    (way, more.get("invert", False)) == ("Isolated", False)
+                    or (way, more.get("invert")) == ("Removed", True) and pattern in KNOWN):
+            pass
+        case step:
+            kinds = [part["type"] for part in step.get("pretokenizers", [step])]
+            wrong += [f"pre_tokenizer {kinds}, {json.dumps(step):.300}"]
+    normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    forms = [form["type"] for form in normal.get("normalizers", [normal])]
+    wrong += [f"normalizer {forms}"] * (forms not in ([], ["NFC"], ["NFKC"]))
+    decoder, after = data.get("decoder") or level, data.get("post_processor") or level
+    wrong += [f"decoder {decoder['type']}"] * (decoder["type"] != "ByteLevel")
+    for step in after.get("processors", [after]):
+        if "single" in step and [*map(list, step["single"])].count(["Sequence"]) != 1:
+            wrong += [f"post_processor {step['type']}"]
+    for part in (data, data["model"], *(data.get("added_tokens") or [])):
+        wrong += [f"{name} {part[name]!r:.60}" for name in NOT_DONE if part.get(name)]
+        wrong += ["normalizer and normalized tokens"] * bool(forms and part.get("normalized"))
+    if wrong:
+        raise ValueError(f"can't be reproduced exactly: its {wrong[0]}; can be read: {CAN_BE_READ}")
+    return pattern, forms[0] if forms else None
 
 
 def _kind(item: object) -> str:
@@ -702,63 +716,7 @@ def _kind(item: object) -> str:
         shape.append(len(first))
         first = first[0] if first else None
     shape = tuple(getattr(item, "shape", shape))
-    if len(shape) == 1 or isinstance(item, (bytes, dict, set)):
-        return f"a {type(item).__name__} of {len(item)}"
     return f"a {type(item).__name__} of shape {shape}" if shape else f"{item!r:.40}"
-
-
-# The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can
-# be seen in Latin-1 for themselves, for the others those from U+0100 on.
-_others = map(chr, range(256, 512))
-BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
-LETTER_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(BYTE_LETTERS)}
-
-# BPE.load refuses a file that sets one of these.
-NOT_DONE = {"truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
-            "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
-
-
-def _how_it_splits(data: dict) -> tuple[str, str | None]:
-    """The split pattern and the normal form of a tokenizer.json; refuses by name what can't be done
-    exactly."""
-    def refuse(found: object, what: str) -> None:
-        if found:
-            raise ValueError(what)
-
-    level = {"type": "ByteLevel"}
-    decoder, before = data.get("decoder") or level, data.get("pre_tokenizer") or {"type": None}
-    *split, last = before.get("pretokenizers", [before])
-    kinds = [step["type"] for step in (*split, last)]
-    refuse("ByteLevel" not in kinds or decoder["type"] != "ByteLevel",
-           f"it isn't byte-level: its pre_tokenizer is {kinds}, its decoder {decoder['type']}; "
-           "read is byte-level BPE, with ByteLevel in both")
-    refuse(kinds not in (["ByteLevel"], ["Split", "ByteLevel"]),
-           f"its pre_tokenizer is {kinds}; read is ByteLevel, alone or after one Split")
-    refuse(last.get("add_prefix_space", True), "its ByteLevel has add_prefix_space; read is false")
-    refuse(last.get("use_regex", True) == bool(split),
-           "its ByteLevel has use_regex; read is true without a Split before it, false with one")
-    normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    forms = [form["type"] for form in normal.get("normalizers", [normal])]
-    refuse(forms not in ([], ["NFC"], ["NFKC"]),
-           f"its normalizer is {forms}; read is none, NFC or NFKC")
-    for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        for name in sorted(part.keys() & NOT_DONE):
-            refuse(part[name], f"it sets {name} to {part[name]!r:.60}; read is a file without")
-        refuse(forms and part.get("normalized"), f"its token {part.get('content')!r} is normalized "
-               "true: it is looked for in the normal form; read is false")
-    after = data.get("post_processor") or level
-    for step in after.get("processors", [after]):
-        texts = [part for part in step.get("single", []) if "Sequence" in part]
-        refuse("single" in step and len(texts) != 1, f"its post_processor {step['type']} has "
-               f"the text {len(texts)} times; read is once, with special tokens around it")
-    if not split:
-        return GPT2_PATTERN, forms[0] if forms else None
-    pattern = split[0]["pattern"].get("Regex")
-    refuse(not pattern, "its Split is by a string; read is a Regex")
-    way = split[0].get("behavior"), bool(split[0].get("invert"))
-    refuse(way != ("Isolated", False) and not (way == ("Removed", True) and pattern in KNOWN),
-           "its Split has behavior {}, invert {}; read is Isolated, false".format(*way))
-    return pattern, forms[0] if forms else None
 
 
 # --- 5. large texts: files and worker processes ---------------------------------------------------
@@ -768,39 +726,36 @@ BATCH = 1 << 21        # characters that a worker gets at a time
 WORKERS_FROM = 3       # batches; for fewer, starting processes (0.2 s) costs more than it saves
 MAX_WORKERS = 8        # more than one process can feed
 READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses small blocks better)
+STARTING = threading.Lock()      # held while a process is started
 
 
-def cut(text: str, searched: int = 0) -> Iterator[str]:
-    """Yields the text in pieces of about PIECE characters; no word crosses from one to the next, if
-    the pattern is one of KNOWN. What offers no place to cut (a single word) stays whole. searched:
-    how many characters at the beginning are known to offer none."""
-    begin = 0
-    while place := CUT.search(text, max(begin + PIECE, searched)):
-        yield text[begin:place.start()]
-        begin = place.start()
-    yield text[begin:]
-
-
-def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Yields the bytes [start, stop) of a UTF-8 file as text, exactly as it is (byte order mark,
-    \\r\\n), in pieces as from cut(). ValueError, with the offset, for what is not UTF-8."""
-    decoder, rest, raw = codecs.getincrementaldecoder("utf-8")(), "", None
-    with open(path, "rb") as file:
-        file.seek(start)
-        while raw != b"":
-            raw = file.read(READ_BYTES if stop is None else max(0, min(READ_BYTES, stop - start)))
-            undecoded, searched = len(decoder.getstate()[0]), len(rest)
-            try:
-                rest += decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{os.fspath(path)} is not UTF-8 at byte {start - undecoded + error.start} "
-                    f"({error.reason}): convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
-            *pieces, rest = cut(rest, searched)
-            yield from pieces
-            start += len(raw)
+def cut(texts: Iterable[str]) -> Iterator[str]:
+    """Yields a text, given in parts, in pieces of about PIECE characters; no word crosses from one
+    to the next, if the pattern is one of KNOWN. What offers no place to cut stays whole."""
+    rest = ""
+    for text in texts:
+        begin, searched = 0, len(rest)                   # the rest has been searched already
+        rest += text
+        while place := CUT.search(rest, max(begin + PIECE, searched)):
+            yield rest[begin:place.start()]
+            begin = place.start()
+        rest = rest[begin:]
     if rest:
         yield rest
+
+
+def read_text(path: str | os.PathLike, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
+    """Yields the bytes [start, stop) of a UTF-8 file as text, exactly as it is (byte order mark,
+    \\r\\n), in pieces as from cut(). ValueError, with the offset, for what is not UTF-8."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        blocks = iter(lambda: file.read(max(0, min(READ_BYTES, stop - file.tell()))), b"")
+        try:
+            yield from cut(codecs.iterdecode(blocks, "utf-8"))
+        except UnicodeDecodeError as error:
+            at = file.tell() - len(error.object) + error.start
+            raise ValueError(f"{os.fspath(path)} is not UTF-8 at byte {at} ({error.reason}): "
+                             "convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
 
 
 @contextlib.contextmanager
@@ -831,9 +786,9 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
 
 def spread(work: Callable[[list], object], batches: Iterable[list], title: str) -> Iterator:
     """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
-    many, worker processes do it; this one does what none of them answers (because it was killed,
-    say: then an error of work itself is raised here)."""
-    batches = iter(batches)
+    many, worker processes do it. What none of them answers is done here: there are none, one was
+    killed, or work raises an error."""
+    batches, waiting = iter(batches), deque()            # waiting: batches and their futures
     first = list(islice(batches, WORKERS_FROM))
     if len(first) < WORKERS_FROM:
         yield from map(work, first)
@@ -846,11 +801,11 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores or 1, MAX_WORKERS)
-    pool, waiting = _pool(work, workers), deque()        # waiting: batches, with their futures
+    pool = _pool(work, workers) if workers > 1 else None
     try:
         for batch in _progress(chain(first, batches), title):
             waiting.append((batch, _submit(pool, batch)))
-            if len(waiting) > (2 * workers if waiting[-1][1] else 0):
+            if len(waiting) > 2 * workers or not pool:
                 yield answer(*waiting.popleft())
         yield from starmap(answer, waiting)
     finally:
@@ -859,23 +814,20 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
 
 
 def _pool(work: Callable[[list], object], workers: int):
-    """A pool of processes that are started when they are needed, or None where none can be: in a
-    worker or a daemon, in a frozen program, on a system without semaphores."""
-    if workers < 2 or multiprocessing.parent_process() or getattr(sys, "frozen", False):
-        return None
-    with contextlib.suppress(ImportError, NotImplementedError, OSError):
-        from concurrent.futures import ProcessPoolExecutor
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
+    """Processes that start when they are needed, each with its own copy of the tokenizer; None in a
+    process that is a worker itself, in a frozen program, and on a system without semaphores."""
+    if not multiprocessing.parent_process() and not getattr(sys, "frozen", False):
+        with contextlib.suppress(ImportError, NotImplementedError, OSError):
+            from concurrent.futures import ProcessPoolExecutor
+            spawn = multiprocessing.get_context("spawn")
+            return ProcessPoolExecutor(workers, spawn, _begin, (work,))
     return None
-
-
-_STARTING = threading.Lock()
 
 
 def _submit(pool, batch: list):
     """The future of a batch, or None if no worker can have it. A new process would import what
     `__main__` says, the caller's script: so an empty module stands there meanwhile."""
-    with contextlib.suppress(Exception), _STARTING:
+    with contextlib.suppress(Exception), STARTING:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
@@ -886,15 +838,12 @@ def _submit(pool, batch: list):
 
 
 def _begin(work: Callable[[list], object]) -> None:
-    """The start of a worker. Ctrl-C is the caller's business; if it is killed, this process ends,
-    too."""
-    def end_with_the_caller() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
+    """The start of a worker. Ctrl-C is the caller's business, and the caller's end is its own."""
     _do.work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_the_caller, daemon=True).start()
+    end = threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1))
+    end.daemon = True
+    end.start()
 
 
 def _do(batch: list) -> object:
@@ -902,21 +851,17 @@ def _do(batch: list) -> object:
 
 
 def demo() -> None:
-    """Prints how the textbook form merges a sentence step by step, and that the engine agrees."""
+    """Prints how a sentence is merged step by step, and that the textbook form does the same."""
     text = "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure."
-    words = Splitter(GPT2_PATTERN)(text)
-    ids = [list(word.encode()) for word in words]
-    name = {i: chr(i).replace(" ", "·") for i in range(128)}
     print(f"The most frequent pair of neighbours becomes a token, again and again:\n\n{text}\n")
-    merges = textbook_fit(words, 12)
-    for new, (left, right) in enumerate(merges, 256):
-        ids = [merge(word, (left, right), new) for word in ids]
-        name[new] = name[left] + name[right]
-        print(f"{new} = {name[left]} + {name[right]}".ljust(20),
-              "|".join(name[i] for word in ids for i in word))
-    bpe = BPE(256 + 12).fit(text)
-    same = bpe.merges == merges and bpe.encode(text) == [i for word in ids for i in word]
-    print(f"\nThe engine, which does all words at once, gives the same: {same}")
+    for new in range(256, 268):
+        bpe = BPE(new + 1).fit(text)
+        left, right = ([i] for i in bpe.merges[-1])
+        print(f"{new} = {bpe.show(left)} + {bpe.show(right)}".ljust(20), bpe.show(text))
+    words = Splitter(GPT2_PATTERN)(text)
+    ids = [i for word in words for i in textbook_encode(word, bpe.merges)]
+    same = textbook_fit(words, 12) == bpe.merges and ids == bpe.encode(text)
+    print(f"\nThe textbook form, which takes one word after the other, gives the same: {same}")
 
 
 if __name__ == "__main__":
