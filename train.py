@@ -248,8 +248,8 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> 
     """
     settings = settings | {"DATA_FILE": sha256_of(documents)}
     if out.exists() and not (out / ".lock").exists() and any(out.iterdir()):
-        raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty, and no run of train.py made it: give a "
-                         f"new folder, so that nobody's files are overwritten")
+        raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty and has no .lock, so no run of train.py "
+                         f"made it: give a new folder; nobody's files are overwritten")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     why = ""
@@ -344,7 +344,7 @@ def lock(out: Path) -> None:
 
 def write_metrics(out: Path, rows: list[dict]) -> None:
     with open(out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[-1])
+        writer = csv.DictWriter(file, {name: "" for row in rows for name in row})
         writer.writeheader()
         writer.writerows(rows)
     os.replace(out / "metrics.csv.tmp", out / "metrics.csv")
