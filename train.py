@@ -412,7 +412,8 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody can read it, training continues."""
     with suppress(OSError, ValueError, AttributeError):  # no console, a closed terminal or pipe
-        tqdm.write(text)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a notebook's may be None
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # "?" for what it lacks
         sys.stdout.flush()
 
 
@@ -474,8 +475,6 @@ def draw_losses(path: Path, rows: list[dict], best: dict) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(AttributeError):  # a console that can't show a character shows a "?"
-        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:  # before the training, or after it
