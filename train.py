@@ -427,12 +427,12 @@ def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None
 
 def report(out: Path, rows: list[dict]) -> None:
     """Print the best result of the run, a sample, where everything lies, and the next command."""
-    best = min(rows, key=lambda row: min(math.inf, float(row["valid_loss"])))  # NaN: inf
+    model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
+    best = model.notes["metrics"][-1]  # its own row; those of metrics.csv are rounded
     try:
         draw_losses(out / "loss.png", rows, best)
     except Exception as error:  # a failed picture must not end a run
         say(f"no loss.png: {type(error).__name__}: {error}")
-    model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
                          generator=torch.Generator().manual_seed(SEED))[0, start.shape[1]:]
