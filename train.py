@@ -133,7 +133,7 @@ def main() -> None:
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
         dist.destroy_process_group()
-    if signals:
+    if signals and not (rows and rows[-1]["step"] >= MAX_STEPS):  # the last step had been done
         if rank == 0:
             say("stopped; to resume, start it again in the same way")
         sys.exit(128 + signals[0])
@@ -397,7 +397,7 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: C code's
                 before[number] = signal.signal(number, stop)
     try:
         yield came
