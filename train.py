@@ -65,8 +65,8 @@ EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread 
                        # with the values here); None: all of them
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
-SETTINGS = [name for name, value in globals().items()  # the names of these constants
-            if name.isupper() and not isinstance(value, type)]
+SETTINGS = [name for name in globals()  # the names of these constants
+            if name.isupper() and name not in ("BPE", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
                        # (another text starts a new run, too)
@@ -164,12 +164,14 @@ def check_constants(ranks: int) -> dict[str, str]:
     with torch.device("meta"):  # a model on the meta device takes no memory
         build(VOCAB_SIZE, "meta")
     settings = {}
-    for name in SETTINGS:  # as text that is the same in the next process; a function by its name
+    for name in SETTINGS:  # as text that is the same in the next process
         try:
-            settings[name] = json.dumps(here[name], default=lambda value: value.__qualname__)
+            settings[name] = json.dumps(here[name], default=lambda value: (  # functions by name
+                str(value) if isinstance(value, (Path, np.generic)) else value.__qualname__))
         except (TypeError, AttributeError):
-            raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, "
-                             f"a list of these or a function; put it below SETTINGS") from None
+            raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, a "
+                             f"list of these, a function or a class; else put it below SETTINGS"
+                             ) from None
     return settings
 
 
