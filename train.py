@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -79,12 +79,17 @@ COMPILE = False        # True: torch.compile; pays on long runs, needs a C++ com
 
 
 def main() -> None:
+    with ExitStack() as held:  # the lock of OUT_DIR, until the run ends, however it ends
+        run(held)
+
+
+def run(held: ExitStack) -> None:
     started = time.perf_counter()
     device, rank, ranks = start_group()
     settings = check_constants(ranks)
     documents = find_text()
     out = Path(OUT_DIR).resolve()
-    shared = [open_run(out, documents, settings) if rank == 0 else None]
+    shared = [open_run(out, documents, settings, held) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(shared)  # rank 0 decides for all
     notes = shared[0]
@@ -166,8 +171,10 @@ def check_constants(ranks: int) -> dict[str, str]:
     settings = {}
     for name in SETTINGS:  # as text that is the same in the next process
         try:
-            settings[name] = json.dumps(here[name], default=lambda value: (  # functions by name
-                str(value) if isinstance(value, (Path, np.generic)) else value.__qualname__))
+            settings[name] = json.dumps(here[name], default=lambda value: (
+                value.item() if isinstance(value, np.generic) else
+                str(value) if isinstance(value, Path) else
+                value.__qualname__))  # of a function or a class
         except (TypeError, AttributeError):
             raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, a "
                              f"list of these, a function or a class; else put it below SETTINGS"
@@ -241,7 +248,8 @@ def sha256_of(documents: list[Document]) -> str:
 # ------------------------------------------------------------------ the run's folder
 
 
-def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> dict:
+def open_run(out: Path, documents: list[Document], settings: dict[str, str],
+             held: ExitStack) -> dict:
     """Get OUT_DIR ready for this run; returns the notes that travel in its files.
 
     An unfinished run of the same settings and text resumes, a finished one if MAX_STEPS was raised.
@@ -253,7 +261,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> 
         raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty and has no .lock, so no run of train.py "
                          f"made it: give a new folder; nobody's files are overwritten")
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    lock(out, held)
     why = ""
     if (out / "checkpoint.pt").exists():
         saved = read_file(out / "checkpoint.pt")
@@ -287,7 +295,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> 
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
         why = f"; the old run is kept as {old}"
         out.mkdir()
-        lock(out)
+        lock(out, held)
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
@@ -327,20 +335,18 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-LOCKS = []  # open files; a lock lasts until this process ends, however it ends
-
-
-def lock(out: Path) -> None:
-    """Make .lock, the mark of a run's folder, and lock it. ValueError if another process has."""
-    file = open(out / ".lock", "a")
-    LOCKS.append(file)
+def lock(out: Path, held: ExitStack) -> None:
+    """Make .lock, the mark of a run's folder, and lock it until `held` ends. ValueError if another
+    training has."""
+    file = held.enter_context(open(out / ".lock", "a"))
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use by another train.py: wait for it, stop "
                          f"it, or give another folder") from None
     except (ImportError, OSError) as error:  # Windows, some network drives
+        file.close()  # Windows can't rename a folder with an open file in it
         say(f"{OUT_DIR} can't be locked here ({error}): don't start a second training there")
 
 
@@ -437,7 +443,7 @@ def report(out: Path, rows: list[dict]) -> None:
         say(f"no loss.png: {type(error).__name__}: {error}")
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
-                         generator=torch.Generator().manual_seed(SEED))[0, start.shape[1]:]
+                         generator=torch.Generator().manual_seed(int(SEED)))[0, start.shape[1]:]
     bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
     where = "" if OUT_DIR == "out" else f", with OUT_DIR = {str(OUT_DIR)!r} in it"
     say(f"""a sample of {len(ids)} tokens:
