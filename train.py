@@ -419,10 +419,15 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
 
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody can read it, training continues."""
-    with suppress(OSError, ValueError, AttributeError):  # no console, a closed terminal or pipe
+    unread = (OSError, ValueError, AttributeError)  # a closed pipe or terminal, no console
+    try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a notebook's may be None
         tqdm.write(text.encode(encoding, "replace").decode(encoding))  # "?" for what it lacks
         sys.stdout.flush()
+    except unread:
+        with suppress(*unread):  # or what is left unwritten raises at the next flush, tqdm's too
+            number = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None:
