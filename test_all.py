@@ -60,7 +60,6 @@ from BPE import (
     BPE,
     GPT2_PATTERN,
     GPT4_PATTERN,
-    draw_tokens,
     merge,
     read_text,
     textbook_encode,
