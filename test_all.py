@@ -182,8 +182,6 @@ class Still(GPT):
         return KeepGradients(self.parameters(), {"lr": learning_rate})
 
 
-WHOLE = (0, -1, 1.5, True, "4")  # none of them is a whole number, 1 or more
-SHARE = (-0.1, 1.0, math.nan)  # of values to drop: from 0 up to, not including, 1
 SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1,
              dropout=0.1)
 
@@ -191,22 +189,10 @@ SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4,
 class TestBadInput(Case):
     """Anything out of range is a ValueError with the value, the rule and the remedy."""
 
-    def test_sizes(self):
-        for cls, names in (
-            (TokenEmbeddings, "vocab_size emb_size"),
-            (PositionalEmbeddings, "max_seq_len emb_size"),
-            (HeadAttention, "emb_size head_size max_seq_len num_heads"),
-            (MultiHeadAttention, "num_heads emb_size head_size max_seq_len dropout"),
-            (FeedForward, "emb_size dropout"),
-            (Decoder, "num_heads emb_size head_size max_seq_len dropout"),
-            (GPT, " ".join(SIZES)),
-        ):
-            bad = {name: SHARE if name == "dropout" else WHOLE for name in names.split()}
-            with self.subTest(cls.__name__):
-                self.assertRefused(cls, {name: SIZES[name] for name in bad}, bad)
-
     def test_arguments(self):
         model, batches = tiny_gpt(), counting_batches(2)
+        self.assertRefused(GPT, SIZES, {name: (0, -1, 1.5, True, "4") for name in SIZES} | {
+            "dropout": (-0.1, 1.0, math.nan)})
         self.assertRefused(model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True),
                            dict(max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf,
                                 "1"), top_k=(0, -1, True, 2.0), top_p=(0, -0.1, 1.1, math.nan),
@@ -249,14 +235,13 @@ class TestBadInput(Case):
               for x in (40, -1)),
             (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),  # at the call, not the first token
             (fit, (once(),), ("max_steps",)),  # without a length
-            (lambda: fit(once(), max_steps=7), (), ("epoch 2", "generator")),
-            (fit, (batches, once()), ("valid_loader", "generator")),
+            (lambda: fit(once(), max_steps=7), (), ("train_loader", "only once")),
             (fit, ([],), ("train_loader",)),
-            (fit, (batches, []), ("valid_loader",)),
+            (fit, (batches, []), ("valid_loader", "only once")),
             *((fit, ([(x.to(dtype), y) for x, y in batches],), (str(dtype), "x.long()"))
               for dtype in (torch.float32, torch.bool)),
             (GPT.load("m.pt", dtype="bf16").fit, (batches, batches, 1, 1e-3),
-             ("bfloat16", 'dtype="fp32"')),  # weights too coarse to train
+             ("bf16", 'dtype="fp32"')),  # weights too coarse to train
             *((nan.generate, (ids, 1, do_sample), ("not finite",)) for do_sample in (True, False)),
         ]
         for bad, part in itertools.product((40, -1, -100), (0, 1)):  # -100: cross_entropy skips it
@@ -681,17 +666,15 @@ class TestGPTFit(TrainedCase):
         self.assertEqual(rates[:11], [*((step + 1) / 10 for step in range(10)), 1.0])
         self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
         self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
-        self.assertAlmostEqual(rates[99], 0.1, delta=0.001)
-        self.assertClose(torch.tensor(rates[100:]), torch.tensor(0.1), 1e-9)  # there it stays
-        self.assertEqual([learning_rate_at(step, 1.0, 4, 4) for step in range(5)],
-                         [0.25, 0.5, 0.75, 1.0, 1.0])  # warm-up to the end
-
-        def triangle(step):  # begins with a rate of 0
-            return np.float32(0.01) * min(step, 9 - step)
+        self.assertClose(torch.tensor(rates[99:]), torch.tensor(0.1), 1e-3)  # there it stays
+        self.assertEqual([learning_rate_at(step, 1.0, 2, 2) for step in range(3)], [0.5, 1.0, 1.0])
 
         def two_groups(parameters, rate):
             first, *rest = parameters
             return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
+
+        def triangle(step):  # begins with a rate of 0
+            return np.float32(0.01) * min(step, 9 - step)
 
         for steps, asked, warmup, lr in (
             (220, None, 100, 1e-2), (3000, None, 300, 1e-2), (9, 0, 0, 1e-2), (4, 1, 1, 1e-2),
@@ -710,21 +693,19 @@ class TestGPTFit(TrainedCase):
         order = [x[0, 0].item() for x, _ in batches] * 2
         stream = type("Stream", (torch.utils.data.IterableDataset,),
                       {"__iter__": lambda self: iter(batches)})
-        for n, (loader, resumes) in enumerate((
-            (SimpleNamespace(batch=lambda k: batches[k % 5]), True), (batches, False),
-            (torch.utils.data.DataLoader(stream(), batch_size=None), False),
-        )):
-            for steps in (3, 5):  # of two batches; three, then two after resuming
-                model = tiny_gpt()
-                model.token_embeddings.register_forward_pre_hook(
-                    lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
-                seen.clear()
-                model.fit(loader, batches[:1], 1, 1e-3, max_steps=steps, accumulate=2,
-                          checkpoint=f"{n}.pt")
-                if steps == 3 or not resumes:  # begins a pass
-                    self.assertEqual(seen, order[: len(seen)])
-                else:
-                    self.assertEqual(seen, order[6:10])
+        for name, loader, steps, place in (
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 3, 0), ("list", batches, 3, 0),
+            ("stream", torch.utils.data.DataLoader(stream(), batch_size=None), 4, 0),
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 5, 6),  # where it was,
+            ("list", batches, 5, 0),  # the others begin a pass
+        ):
+            model = tiny_gpt()
+            model.token_embeddings.register_forward_pre_hook(
+                lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
+            model.fit(loader, batches, 1, 1e-3, max_steps=steps, accumulate=2, checkpoint=name)
+            self.assertEqual(seen, order[place:][: len(seen)])
+            self.assertGreaterEqual(len(seen), 4)
+            seen.clear()
         for loader, options, validations in (
             (tuple(batches), dict(accumulate=2), 2), (shuffling_loader(), dict(eval_every=7), 3),
             ((batch for batch in batches), dict(max_steps=5), 1),
@@ -787,15 +768,12 @@ class TestGPTFit(TrainedCase):
         self.assertAlmostEqual(*losses, delta=0.1)
 
     def test_compiled_weights_have_plain_names(self):
-        compile, compiled = torch.compile, []
-
-        def eager(net):
-            compiled.append(net)
+        def eager(net, compile=torch.compile):
             return compile(net, backend="eager")
 
-        with mock.patch("torch.compile", eager):
-            model = self.train("c.pt", steps=1, compile=True).model
-        self.assertEqual(compiled, [model])
+        with mock.patch("torch.compile", side_effect=eager) as called:
+            self.train("c.pt", steps=1, compile=True)
+        called.assert_called_once()
         self.assertEqual(read_file("c.pt")["weights"].keys(), tiny_gpt().state_dict().keys())
 
     def test_numbers_of_numpy_and_ids_of_any_integer_type(self):
@@ -825,17 +803,10 @@ class TestGPTFit(TrainedCase):
     @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
     def test_two_ranks(self):
         code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
-        address = (self.folder / "group").as_uri()
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), address], text=True,
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for rank in (0, 1)]
-        for rank in ranks:
-            self.addCleanup(rank.communicate)
-            self.addCleanup(rank.kill)
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=60)
-            self.assertEqual(rank.returncode, 0, said)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda rank: self.python(
+                "-c", code, rank, (self.folder / "group").as_uri(), env={"OMP_NUM_THREADS": "1"}),
+                "01"))
         runs = torch.load("rank0.pt")
         for steps, first, second in zip((6, 6, 3, 3), runs, torch.load("rank1.pt"), strict=True):
             self.assertSame(first["weights"], second["weights"])  # after every step
@@ -898,37 +869,6 @@ class TestGPTCheckpoint(TrainedCase):
         longer = self.train("8.pt", steps=12)
         self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
 
-    def test_every_saved_state_counts(self):
-        """Without any one of them, a resumed run ends otherwise."""
-        self.train("part.pt", stop_after=4)
-        whole, part = self.train("whole.pt"), read_file("part.pt")
-        for *path, key in (("weights", "linear.weight"), ("random_states", 0, "cpu"),
-                           *(("optimizer", "state", 3, key)
-                             for key in ("exp_avg", "exp_avg_sq", "step")),
-                           *(("run", key) for key in part["run"])):
-            broken = inner = copy.deepcopy(part)
-            for name in path:
-                inner = inner[name]
-            inner[key] = (torch.Generator().manual_seed(1).get_state() if key == "cpu" else
-                          inner[key] * 0 if isinstance(inner[key], torch.Tensor) else
-                          type(inner[key])())
-            torch.save(broken, "broken.pt")
-            self.train("broken.pt")
-            with self.subTest(key), self.assertRaises(AssertionError):
-                self.assertSame(read_file("whole.pt"), read_file("broken.pt"))
-        self.assertEqual(whole.steps, 9)
-
-    def test_any_optimizer_resumes_exactly(self):
-        for name, make in {
-            "SGD": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
-            "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr / 10, centered=True),
-            "own": lambda p, lr: Momentum64(p, {"lr": lr, "count": 0}),
-        }.items():
-            self.train(f"{name}1", with_optimizer(make))
-            self.train(f"{name}2", with_optimizer(make), stop_after=4)
-            self.assertEqual(self.train(f"{name}2", with_optimizer(make)).steps, 5)
-            self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
-
     def test_what_costs_no_run(self):
         """Weights that GPT.load laid out otherwise in memory, which AdamW's moments aren't; fewer
         ranks before; a logger that fails; a stop at any time; what a killed save left."""
@@ -970,7 +910,6 @@ class TestGPTCheckpoint(TrainedCase):
         old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "optimizer")}
         torch.save(old | {"settings": {}, "ranks": [], "run": saved["run"]}, "old.pt")
         for path, model, words in (
-            ("c.pt", tiny_gpt(emb_size=32), ("16", "32")),
             ("class.pt", tiny_gpt(), another),
             ("sgd.pt", tiny_gpt(), ("SGD", "AdamW")),
             ("c.pt", tiny_gpt(sgd), ("SGD", "AdamW")),
@@ -1108,33 +1047,13 @@ class TestGPTCheckpoint(TrainedCase):
         fails(OSError, "too large", "m.pt")
 
 
-class LoRA(nn.Module):
-    """A frozen layer and a learned low-rank change of it (Hu et al. 2021)."""
-
-    def __init__(self, layer, rank=2):
-        super().__init__()
-        self.layer = layer.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(rank, layer.in_features) * 0.1)
-        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
-
-    def forward(self, x):
-        return self.layer(x) + x @ self.down.T @ self.up.T
-
-
-class WithLoRA(GPT):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for block in self.decoders:
-            block.attention.heads.qkv = LoRA(block.attention.heads.qkv)
-        self.linear = LoRA(self.linear)
-
-
 class WithAnotherLayer(GPT):
-    """And with numbers that aren't saved."""
+    """And with weights that are frozen and numbers that aren't saved."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.last_norm = nn.LayerNorm(kwargs["emb_size"])
+        self.decoders[0].requires_grad_(False)
         self.register_buffer("scale", torch.arange(kwargs["emb_size"]) / 9, persistent=False)
 
     def hidden(self, x, cache=None):
@@ -1152,11 +1071,12 @@ class TestGPTEdited(TrainedCase):
 
     def test_train_resume_save_load_generate(self):
         x = torch.tensor([[1, 8], [3, 4]])
-        for cls in (WithAnotherLayer, WithLoRA, Tied):
+        for cls in (WithAnotherLayer, Tied, with_optimizer(
+                lambda parameters, rate: Momentum64(parameters, {"lr": rate, "count": 0}))):
             name, before = cls.__name__, tiny_gpt(cls)(x)
             whole = self.train(f"{name}1", cls, steps=4).model.eval()
             self.train(f"{name}2", cls, steps=4, stop_after=2)
-            self.train(f"{name}2", cls, steps=4)
+            self.assertEqual(self.train(f"{name}2", cls, steps=4).steps, 2)
             self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
             state, loaded = torch.get_rng_state(), cls.load(f"{name}2")
             self.assertIs(type(loaded), cls)
