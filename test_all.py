@@ -486,8 +486,7 @@ class TestGPTGenerate(Case):
         ):
             logits = keep_top_p(torch.tensor([probabilities]).log(), p)
             self.assertEqual((logits > -math.inf).sum(), kept, (probabilities[:3], p))
-        values, ids = keep_top_k(torch.zeros(1, 9), 4)  # exactly k, even of equals
-        self.assertEqual(len(set(ids[0].tolist())), 4)
+        self.assertEqual(keep_top_k(torch.zeros(1, 9), 4)[0].shape, (1, 4))  # even of equals
 
     def test_extremes(self):
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
@@ -609,23 +608,30 @@ class TrainedCase(Case):
 
 class TestGPTFit(TrainedCase):
     def test_equals_the_textbook_loop(self):
-        model, batches = tiny_gpt(), counting_batches(3)
+        """On big batches; fit gets each in three parts, of different sizes."""
+        small = counting_batches(9, batch=2)
+        small[4] = tuple(ids[:1] for ids in small[4])
+        model, losses = tiny_gpt(), []
         plain = copy.deepcopy(model)
-        model.fit(batches, batches, 1, 1e-2, warmup_steps=1, grad_clip=0.5)
-        matrices, vectors = ([p for p in plain.parameters() if (p.dim() > 1) == many]
-                             for many in (True, False))
-        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {
-            "params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
-        for rate, (x, y) in zip((1e-2, 1e-2, 0.55e-2), batches, strict=True):
+        (train_loss,), _ = model.fit(small, small, 1, 1e-2, warmup_steps=1, grad_clip=0.5,
+                                     accumulate=3)
+        optimizer = torch.optim.AdamW([
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ], betas=(0.9, 0.99))
+        for step, rate in enumerate((1e-2, 1e-2, 0.55e-2)):
+            x, y = map(torch.cat, zip(*small[3 * step : 3 * step + 3], strict=True))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            loss = F.cross_entropy(plain(x).flatten(0, 1), y.flatten(), reduction="sum")
-            (loss / y.numel()).backward()
-            nn.utils.clip_grad_norm_(matrices + vectors, 0.5)
+            losses.append(F.cross_entropy(plain(x).flatten(0, 1), y.flatten()))
+            losses[-1].backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
-        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-            self.assertClose(ours, theirs, 1e-6)
+        self.assertAlmostEqual(train_loss, sum(losses).item() / 3, places=5)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if "qkv.bias" not in name:  # a key's has only noise as gradient, which Adam amplifies
+                self.assertClose(ours, theirs, 1e-4)  # a step moves weights by 1e-2
 
     def test_losses_are_what_they_say(self):
         model, batches, seen = tiny_gpt(Still), counting_batches(6), []
@@ -645,21 +651,6 @@ class TestGPTFit(TrainedCase):
             self.assertEqual((metrics["train_loss"], metrics["valid_loss"]),
                              (losses[0][n], losses[1][n]))
             self.assertEqual(metrics["learning_rate"], learning_rate_at(row[0] - 1, 1e-3, 0, 6))
-
-    def test_accumulation_equals_one_big_batch(self):
-        small = counting_batches(9, batch=2)  # steps of three batches
-        small[4] = tuple(ids[:1] for ids in small[4])  # of different sizes, too
-        big = [tuple(map(torch.cat, zip(*small[i : i + 3], strict=True))) for i in (0, 3, 6)]
-        runs = []
-        for batches, accumulate in ((small, 3), (big, 1)):
-            torch.manual_seed(0)
-            model = tiny_gpt(Still)
-            losses, _ = model.fit(batches, batches, 1, 1e-3, accumulate=accumulate)
-            self.assertEqual(len(model.grads), 3)
-            for grad in model.grads:  # clipped, after they were added
-                self.assertAlmostEqual(grad.norm().item(), 1.0, places=4)
-            runs.append(torch.cat([*model.grads, torch.tensor(losses)]))
-        self.assertClose(*runs)
 
     def test_schedule(self):
         rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(130)]
@@ -870,18 +861,19 @@ class TestGPTCheckpoint(TrainedCase):
         self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
 
     def test_what_costs_no_run(self):
-        """Weights that GPT.load laid out otherwise in memory, which AdamW's moments aren't; fewer
-        ranks before; a logger that fails; a stop at any time; what a killed save left."""
         self.train("whole.pt")
         self.train("c.pt", stop_after=4)
-        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")
+        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")  # of fewer ranks
         self.assertEqual(self.train("fewer.pt").steps, 5)
-        self.train("c.pt", model=GPT.load("c.pt"))
+        self.train("c.pt", model=GPT.load("c.pt"))  # its weights are laid out otherwise in memory
         self.assertSame(read_file("whole.pt"), read_file("c.pt"))
 
         def fails(metrics):
             if metrics["step"] == 4:
                 raise OSError("no network")
+
+        def stop(*_):
+            model.stop_training = True
 
         with self.assertSays(OSError, "no network"):
             self.train("logged.pt", on_eval=fails)
@@ -891,38 +883,39 @@ class TestGPTCheckpoint(TrainedCase):
             self.assertFalse(Path("logged.pt.tmp").exists())
         self.assertSame(read_file("whole.pt"), read_file("logged.pt"))
         model = tiny_gpt(dropout=0.2)
-
-        def stop(*_):
-            model.stop_training = True
-
         self.assertEqual(self.train(None, model=model, on_eval=stop).steps, 2)
         self.assertFalse(model.stop_training)
         model.register_state_dict_pre_hook(stop)  # comes during the first save
         self.assertEqual(self.train("stopped.pt", model=model).steps, 2)
 
-    def test_checkpoint_that_does_not_fit(self):
+    def test_file_that_does_not_fit(self):
         sgd = with_optimizer(torch.optim.SGD)
-        self.train("c.pt", stop_after=1)
-        self.train("class.pt", WithAnotherLayer, stop_after=1)
         self.train("sgd.pt", sgd, stop_after=1)
-        tiny_gpt().save("model.pt")
-        saved, another = read_file("c.pt"), ("last_norm.weight", "(16,)", "missing")
-        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "optimizer")}
-        torch.save(old | {"settings": {}, "ranks": [], "run": saved["run"]}, "old.pt")
-        for path, model, words in (
-            ("class.pt", tiny_gpt(), another),
-            ("sgd.pt", tiny_gpt(), ("SGD", "AdamW")),
-            ("c.pt", tiny_gpt(sgd), ("SGD", "AdamW")),
-            ("model.pt", tiny_gpt(), ("resumed", "another name")),
-            ("old.pt", tiny_gpt(), ("older version", "another name")),
-        ):
-            before, weights = Path(path).read_bytes(), copy.deepcopy(model.state_dict())
-            with self.subTest(path), self.assertSays(ValueError, path, *words):
-                self.train(path, model=model)
+        self.train("c.pt", stop_after=1)
+        saved = read_file("c.pt")
+        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "run")}
+        resumed = [(read_file("sgd.pt"), GPT, ("SGD", "AdamW")), (saved, sgd, ("SGD", "AdamW")),
+                   (old, GPT, ("only a model", "older version"))]
+        both = [(saved, WithAnotherLayer, ("last_norm.weight", "(16,)", "missing"))] + [
+            (saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, (name, word))
+            for name, word in (("surplus", "missing"), ("linear.bias", "(40,)"))]
+        loaded = [(saved | {"sizes": saved["sizes"] | {name: value}}, GPT, words)
+                  for name, value, *words in (
+                      ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2", "missing"),
+                      ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"),
+                      ("layers", 2, "layers"))]
+        for content, cls, words in resumed + both:
+            torch.save(content, "bad.pt")
+            model, before = tiny_gpt(cls), Path("bad.pt").read_bytes()
+            weights = copy.deepcopy(model.state_dict())
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                self.train("bad.pt", model=model)
             self.assertSame(weights, model.state_dict())  # nothing half-loaded
-            self.assertEqual(before, Path(path).read_bytes())
-        with self.assertSays(ValueError, "class.pt", *another):
-            GPT.load("class.pt")
+            self.assertEqual(before, Path("bad.pt").read_bytes())
+        for content, cls, words in both + loaded:
+            torch.save(content, "bad.pt")
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                cls.load("bad.pt")
 
     def test_round_trip(self):
         model = tiny_gpt().eval()
@@ -956,12 +949,6 @@ class TestGPTCheckpoint(TrainedCase):
             self.assertEqual(said.count("c.pt: the model's code was edited"), told)
 
     def test_damaged_files(self):
-        def refused(content, *words):
-            (Path("bad.pt").write_bytes if isinstance(content, bytes) else
-             lambda content: torch.save(content, "bad.pt"))(content)
-            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
-                GPT.load("bad.pt")
-
         class Evil:
             def __reduce__(self):
                 return os.mkdir, ("pwned",)
@@ -970,19 +957,22 @@ class TestGPTCheckpoint(TrainedCase):
         model.save("good.pt")
         good, saved = Path("good.pt").read_bytes(), read_file("good.pt")
         for content in (b"", bytes(len(good)), b"hello\n" * 50, random.randbytes(len(good)),
-                        *(good[: len(good) * p // 100] for p in (10, 50, 99))):
-            refused(content, "train")
-        for content in ({"some": "dict"}, {"format": 1}, [], saved | {"format": 99},
+                        *(good[: len(good) * p // 100] for p in (10, 50, 99)),
+                        {"some": "dict"}, [], saved | {"format": 99},
                         *({k: v for k, v in saved.items() if k != part}
-                          for part in ("format", "sizes", "notes", "weights"))):
-            refused(content, "format")
-        for part, content in saved.items():
-            refused(saved | {part: [content, Evil()]})
+                          for part in ("format", "sizes", "notes", "weights")),
+                        *(saved | {part: [saved[part], Evil()]} for part in saved)):
+            if isinstance(content, bytes):
+                Path("bad.pt").write_bytes(content)
+            else:
+                torch.save(content, "bad.pt")
+            with self.subTest(str(content)[:99]), self.assertSays(ValueError, "bad.pt", "again"):
+                GPT.load("bad.pt")
             self.assertFalse(Path("pwned").exists())
         for path, error in (("missing.pt", FileNotFoundError), (".", ValueError)):
             with self.assertSays(error, path, "train"):
                 GPT.load(path)
-        caught, places = 0, random.sample(range(len(good)), 300)
+        refused, places = 0, random.sample(range(len(good)), 300)
         for place in places:  # one bit is flipped
             bad = bytearray(good)
             bad[place] ^= 1 << random.randrange(8)
@@ -990,36 +980,17 @@ class TestGPTCheckpoint(TrainedCase):
             try:
                 loaded = GPT.load("bad.pt")
             except ValueError:
-                caught += 1
+                refused += 1
             else:  # it hit padding
                 self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()), place)
                 self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
-        self.assertGreater(caught, len(places) / 4)
-
-    def test_sizes_and_weights_that_disagree(self):
-        tiny_gpt().save("m.pt")
-        saved = read_file("m.pt")
-        for part, name, value, words in (
-            ("sizes", "vocab_size", 41, ("41", "40")), ("sizes", "emb_size", 24, ("24", "16")),
-            ("sizes", "num_layers", 3, ("decoders.2", "missing")),
-            ("sizes", "num_heads", 4, ("96", "48")), ("sizes", "layers", 2, ("layers",)),
-            ("sizes", "emb_size", -1, ("emb_size=-1",)),
-            ("weights", "surplus", torch.zeros(1), ("surplus", "missing")),
-            ("weights", "linear.bias", torch.zeros(39), ("linear.bias", "39", "40")),
-        ):
-            torch.save(saved | {part: saved[part] | {name: value}}, "bad.pt")
-            with self.subTest(name), self.assertSays(ValueError, "bad.pt", *words):
-                GPT.load("bad.pt")
+        self.assertGreater(refused, len(places) / 4)
 
     def test_failed_save_leaves_the_old_file(self):
         def fails(error, *words):
             with self.assertSays(error, *words):
                 model.save("m.pt")
             self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-
-        def half(content, file):
-            file.write(b"half")
-            raise OSError(28, "No space left")
 
         model = tiny_gpt()
         model.save("m.pt")
@@ -1031,8 +1002,6 @@ class TestGPTCheckpoint(TrainedCase):
         model.notes, model.sizes["folder"] = {}, Path("x")
         fails(ValueError, "m.pt")  # nothing that can't be read back replaces a file
         del model.sizes["folder"]
-        with mock.patch("torch.save", half):
-            fails(OSError, "No space left", "m.pt")
         with mock.patch("os.fsync", side_effect=OSError(5, "Input/output error")):
             fails(OSError, "Input/output error", "not saved", "m.pt")
         if not Path("/dev/full").exists():
