@@ -669,8 +669,9 @@ def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:
                 raise ValueError(f"its part {damaged} is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch and zipfile raise a dozen kinds on a broken file
-        raise ValueError(f"{path}: damaged, or not a model file ({error!s:.300}); use another copy "
-                         f"of it, or train again") from error
+        why = str(error).split("WeightsUnpickler error: ")[-1]  # before: how to run its code
+        raise ValueError(f"{path}: damaged, or not a model file ({why:.300}); use another copy of "
+                         f"it, or train again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or (
             {"sizes", "notes", "weights"} - content.keys()):
         raise ValueError(f"{path}: not a model file of format {FORMAT}; train again")

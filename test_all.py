@@ -170,21 +170,6 @@ def shuffling_loader(n=4):
     return torch.utils.data.DataLoader(items, 2, shuffle=True)
 
 
-class Still(GPT):
-    """Trains with its own optimizer, which keeps the gradients and changes no weight."""
-
-    def make_optimizer(self, learning_rate, weight_decay):
-        grads = self.grads = []
-
-        class KeepGradients(torch.optim.Optimizer):
-            def step(self, closure=None):
-                grads.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
-
-        return KeepGradients(self.parameters(), {"lr": learning_rate})
-
-
-WHOLE = (0, -1, 1.5, True, "4")  # none of them is a whole number, 1 or more
-SHARE = (-0.1, 1.0, math.nan)  # of values to drop: from 0 up to, not including, 1
 SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1,
              dropout=0.1)
 
@@ -192,12 +177,10 @@ SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4,
 class TestBadInput(Case):
     """Anything out of range is a ValueError with the value, the rule and the remedy."""
 
-    def test_sizes(self):
-        self.assertRefused(GPT, SIZES, {name: SHARE if name == "dropout" else WHOLE
-                                        for name in SIZES})
-
     def test_arguments(self):
         model, batches = tiny_gpt(), counting_batches(2)
+        self.assertRefused(GPT, SIZES, {name: (0, -1, 1.5, True, "4") for name in SIZES} | {
+            "dropout": (-0.1, 1.0, math.nan)})
         self.assertRefused(model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True),
                            dict(max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf,
                                 "1"), top_k=(0, -1, True, 2.0), top_p=(0, -0.1, 1.1, math.nan),
@@ -222,9 +205,6 @@ class TestBadInput(Case):
         def fit(train_loader, valid_loader=batches, num_epochs=2, **options):
             model.fit(train_loader, valid_loader, num_epochs, 1e-3, **options)
 
-        def once():
-            return iter(batches)
-
         rows = [  # what is called, its arguments, words of the message
             (tokens, (torch.tensor([[0, 7]]),), ("7", "0 to 6")),
             (tokens, (torch.tensor([[-1, 0]]),), ("-1", "0 to 6")),
@@ -239,15 +219,14 @@ class TestBadInput(Case):
             *((model.generate, (torch.tensor([[1, x]]), 1, True), (f"id {x}", "0 to 39"))
               for x in (40, -1)),
             (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),  # at the call, not the first token
-            (fit, (once(),), ("max_steps",)),  # without a length
-            (lambda: fit(once(), max_steps=7), (), ("epoch 2", "generator")),
-            (fit, (batches, once()), ("valid_loader", "generator")),
+            (fit, (iter(batches),), ("max_steps",)),  # without a length
+            (lambda: fit(iter(batches), max_steps=7), (), ("train_loader", "only once")),
             (fit, ([],), ("train_loader",)),
-            (fit, (batches, []), ("valid_loader",)),
+            (fit, (batches, []), ("valid_loader", "only once")),
             *((fit, ([(x.to(dtype), y) for x, y in batches],), (str(dtype), "x.long()"))
               for dtype in (torch.float32, torch.bool)),
             (GPT.load("m.pt", dtype="bf16").fit, (batches, batches, 1, 1e-3),
-             ("bfloat16", 'dtype="fp32"')),  # weights too coarse to train
+             ("bf16", 'dtype="fp32"')),  # weights too coarse to train
             *((nan.generate, (ids, 1, do_sample), ("not finite",)) for do_sample in (True, False)),
         ]
         for bad, part in itertools.product((40, -1, -100), (0, 1)):  # -100: cross_entropy skips it
@@ -510,8 +489,7 @@ class TestGPTGenerate(Case):
         ):
             logits = keep_top_p(torch.tensor([probabilities]).log(), p)
             self.assertEqual((logits > -math.inf).sum(), kept, (probabilities[:3], p))
-        values, ids = keep_top_k(torch.zeros(1, 9), 4)  # exactly k, even of equals
-        self.assertEqual(len(set(ids[0].tolist())), 4)
+        self.assertEqual(keep_top_k(torch.zeros(1, 9), 4)[0].shape, (1, 4))  # even of equals
 
     def test_extremes(self):
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
@@ -530,6 +508,7 @@ class TestGPTGenerate(Case):
 
     def test_stop_token(self):
         model, x, spread = tiny_gpt().eval(), torch.tensor([[3], [7], [11]]), set()
+        model.linear.register_forward_hook(lambda layer, h, y: y.roll(1, -1))  # not one token for ever
         free = model.generate(x, 12, False).tolist()
         for stop in range(40):  # those of the prompt, too: there they stop nothing
             ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free]
@@ -562,9 +541,9 @@ class TestGPTGenerate(Case):
         for n, edit in enumerate((
             lambda: patch(FeedForward, "forward", lambda self, x: self.expand(x)[..., :16]),
             lambda: patch(nn.Linear, "forward", lambda self, x: x @ self.weight.T + 1),
-            lambda: patch(nn.Dropout, "forward", lambda self, x: x * 2),
-            lambda: patch(ffn, "forward", lambda x: forward(x) * 3),
-            lambda: ffn.register_forward_hook(lambda module, x, y: y * 3),
+            lambda: patch(nn.Dropout, "forward", lambda self, x: x.roll(1, -1)),
+            lambda: patch(ffn, "forward", lambda x: forward(x) * 99),
+            lambda: ffn.register_forward_hook(lambda module, x, y: y * 99),
         )):
             with self.subTest(n), edit():
                 edited = model.train().generate(x, 8, False)
@@ -633,29 +612,36 @@ class TrainedCase(Case):
 
 class TestGPTFit(TrainedCase):
     def test_equals_the_textbook_loop(self):
-        model, batches = tiny_gpt(), counting_batches(3)
+        """On big batches; fit gets each in three parts, of different sizes."""
+        small = counting_batches(9, batch=2)
+        small[4] = tuple(ids[:1] for ids in small[4])
+        model, losses = tiny_gpt(), []
         plain = copy.deepcopy(model)
-        model.fit(batches, batches, 1, 1e-2, warmup_steps=1, grad_clip=0.5)
-        matrices, vectors = ([p for p in plain.parameters() if (p.dim() > 1) == many]
-                             for many in (True, False))
-        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {
-            "params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
-        for rate, (x, y) in zip((1e-2, 1e-2, 0.55e-2), batches, strict=True):
+        (train_loss,), _ = model.fit(small, small, 1, 1e-2, warmup_steps=1, grad_clip=0.5,
+                                     accumulate=3)
+        optimizer = torch.optim.AdamW([
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ], betas=(0.9, 0.99))
+        for step, rate in enumerate((1e-2, 1e-2, 0.55e-2)):
+            x, y = map(torch.cat, zip(*small[3 * step : 3 * step + 3], strict=True))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            loss = F.cross_entropy(plain(x).flatten(0, 1), y.flatten(), reduction="sum")
-            (loss / y.numel()).backward()
-            nn.utils.clip_grad_norm_(matrices + vectors, 0.5)
+            losses.append(F.cross_entropy(plain(x).flatten(0, 1), y.flatten()))
+            losses[-1].backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
-        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-            self.assertClose(ours, theirs, 1e-6)
+        self.assertAlmostEqual(train_loss, sum(losses).item() / 3, places=5)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if "qkv.bias" not in name:  # a key's has only noise as gradient, which Adam amplifies
+                self.assertClose(ours, theirs, 1e-4)  # a step moves weights by 1e-2
 
     def test_losses_are_what_they_say(self):
-        model, batches, seen = tiny_gpt(Still), counting_batches(6), []
+        model, batches, seen = tiny_gpt(), counting_batches(6), []
         valid = [batches[0], [ids[:1] for ids in batches[1]]]  # tokens are averaged, not batches
-        losses = model.fit(batches, valid, 1, 1e-3, warmup_steps=0, eval_every=4,
-                           on_eval=seen.append)
+        losses = model.fit(batches, valid, 1, 1e-30, warmup_steps=0, eval_every=4,
+                           on_eval=seen.append)  # at this rate no weight changes
 
         def loss(*batches):
             x, y = map(torch.cat, zip(*batches, strict=True))
@@ -668,39 +654,22 @@ class TestGPTFit(TrainedCase):
             self.assertEqual((metrics["step"], metrics["tokens"], metrics["best"]), row)
             self.assertEqual((metrics["train_loss"], metrics["valid_loss"]),
                              (losses[0][n], losses[1][n]))
-            self.assertEqual(metrics["learning_rate"], learning_rate_at(row[0] - 1, 1e-3, 0, 6))
-
-    def test_accumulation_equals_one_big_batch(self):
-        small = counting_batches(9, batch=2)  # steps of three batches
-        small[4] = tuple(ids[:1] for ids in small[4])  # of different sizes, too
-        big = [tuple(map(torch.cat, zip(*small[i : i + 3], strict=True))) for i in (0, 3, 6)]
-        runs = []
-        for batches, accumulate in ((small, 3), (big, 1)):
-            torch.manual_seed(0)
-            model = tiny_gpt(Still)
-            losses, _ = model.fit(batches, batches, 1, 1e-3, accumulate=accumulate)
-            self.assertEqual(len(model.grads), 3)
-            for grad in model.grads:  # clipped, after they were added
-                self.assertAlmostEqual(grad.norm().item(), 1.0, places=4)
-            runs.append(torch.cat([*model.grads, torch.tensor(losses)]))
-        self.assertClose(*runs)
+            self.assertEqual(metrics["learning_rate"], learning_rate_at(row[0] - 1, 1e-30, 0, 6))
 
     def test_schedule(self):
         rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(130)]
         self.assertEqual(rates[:11], [*((step + 1) / 10 for step in range(10)), 1.0])
         self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
         self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
-        self.assertAlmostEqual(rates[99], 0.1, delta=0.001)
-        self.assertClose(torch.tensor(rates[100:]), torch.tensor(0.1), 1e-9)  # there it stays
-        self.assertEqual([learning_rate_at(step, 1.0, 4, 4) for step in range(5)],
-                         [0.25, 0.5, 0.75, 1.0, 1.0])  # warm-up to the end
-
-        def triangle(step):  # begins with a rate of 0
-            return np.float32(0.01) * min(step, 9 - step)
+        self.assertClose(torch.tensor(rates[99:]), torch.tensor(0.1), 1e-3)  # there it stays
+        self.assertEqual([learning_rate_at(step, 1.0, 2, 2) for step in range(3)], [0.5, 1.0, 1.0])
 
         def two_groups(parameters, rate):
             first, *rest = parameters
             return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
+
+        def triangle(step):  # begins with a rate of 0
+            return np.float32(0.01) * min(step, 9 - step)
 
         for steps, asked, warmup, lr in (
             (220, None, 100, 1e-2), (3000, None, 300, 1e-2), (9, 0, 0, 1e-2), (4, 1, 1, 1e-2),
@@ -719,21 +688,19 @@ class TestGPTFit(TrainedCase):
         order = [x[0, 0].item() for x, _ in batches] * 2
         stream = type("Stream", (torch.utils.data.IterableDataset,),
                       {"__iter__": lambda self: iter(batches)})
-        for n, (loader, resumes) in enumerate((
-            (SimpleNamespace(batch=lambda k: batches[k % 5]), True), (batches, False),
-            (torch.utils.data.DataLoader(stream(), batch_size=None), False),
-        )):
-            for steps in (3, 5):  # of two batches; three, then two after resuming
-                model = tiny_gpt()
-                model.token_embeddings.register_forward_pre_hook(
-                    lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
-                seen.clear()
-                model.fit(loader, batches[:1], 1, 1e-3, max_steps=steps, accumulate=2,
-                          checkpoint=f"{n}.pt")
-                if steps == 3 or not resumes:  # begins a pass
-                    self.assertEqual(seen, order[: len(seen)])
-                else:
-                    self.assertEqual(seen, order[6:10])
+        for name, loader, steps, place in (
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 3, 0), ("list", batches, 3, 0),
+            ("stream", torch.utils.data.DataLoader(stream(), batch_size=None), 4, 0),
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 5, 6),  # where it was,
+            ("list", batches, 5, 0),  # the others begin a pass
+        ):
+            model = tiny_gpt()
+            model.token_embeddings.register_forward_pre_hook(
+                lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
+            model.fit(loader, batches, 1, 1e-3, max_steps=steps, accumulate=2, checkpoint=name)
+            self.assertEqual(seen, order[place:][: len(seen)])
+            self.assertGreaterEqual(len(seen), 4)
+            seen.clear()
         for loader, options, validations in (
             (tuple(batches), dict(accumulate=2), 2), (shuffling_loader(), dict(eval_every=7), 3),
             ((batch for batch in batches), dict(max_steps=5), 1),
@@ -796,15 +763,12 @@ class TestGPTFit(TrainedCase):
         self.assertAlmostEqual(*losses, delta=0.1)
 
     def test_compiled_weights_have_plain_names(self):
-        compile, compiled = torch.compile, []
-
-        def eager(net):
-            compiled.append(net)
+        def eager(net, compile=torch.compile):
             return compile(net, backend="eager")
 
-        with mock.patch("torch.compile", eager):
-            model = self.train("c.pt", steps=1, compile=True).model
-        self.assertEqual(compiled, [model])
+        with mock.patch("torch.compile", side_effect=eager) as called:
+            self.train("c.pt", steps=1, compile=True)
+        called.assert_called_once()
         self.assertEqual(read_file("c.pt")["weights"].keys(), tiny_gpt().state_dict().keys())
 
     def test_numbers_of_numpy_and_ids_of_any_integer_type(self):
@@ -834,17 +798,10 @@ class TestGPTFit(TrainedCase):
     @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
     def test_two_ranks(self):
         code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
-        address = (self.folder / "group").as_uri()
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), address], text=True,
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for rank in (0, 1)]
-        for rank in ranks:
-            self.addCleanup(rank.communicate)
-            self.addCleanup(rank.kill)
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=60)
-            self.assertEqual(rank.returncode, 0, said)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda rank: self.python(
+                "-c", code, rank, (self.folder / "group").as_uri(), env={"OMP_NUM_THREADS": "1"}),
+                "01"))
         runs = torch.load("rank0.pt")
         for steps, first, second in zip((6, 6, 3, 3), runs, torch.load("rank1.pt"), strict=True):
             self.assertSame(first["weights"], second["weights"])  # after every step
@@ -907,50 +864,20 @@ class TestGPTCheckpoint(TrainedCase):
         longer = self.train("8.pt", steps=12)
         self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
 
-    def test_every_saved_state_counts(self):
-        """Without any one of them, a resumed run ends otherwise."""
-        self.train("part.pt", stop_after=4)
-        whole, part = self.train("whole.pt"), read_file("part.pt")
-        for *path, key in (("weights", "linear.weight"), ("random_states", 0, "cpu"),
-                           *(("optimizer", "state", 3, key)
-                             for key in ("exp_avg", "exp_avg_sq", "step")),
-                           *(("run", key) for key in part["run"])):
-            broken = inner = copy.deepcopy(part)
-            for name in path:
-                inner = inner[name]
-            inner[key] = (torch.Generator().manual_seed(1).get_state() if key == "cpu" else
-                          inner[key] * 0 if isinstance(inner[key], torch.Tensor) else
-                          type(inner[key])())
-            torch.save(broken, "broken.pt")
-            self.train("broken.pt")
-            with self.subTest(key), self.assertRaises(AssertionError):
-                self.assertSame(read_file("whole.pt"), read_file("broken.pt"))
-        self.assertEqual(whole.steps, 9)
-
-    def test_any_optimizer_resumes_exactly(self):
-        for name, make in {
-            "SGD": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
-            "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr / 10, centered=True),
-            "own": lambda p, lr: Momentum64(p, {"lr": lr, "count": 0}),
-        }.items():
-            self.train(f"{name}1", with_optimizer(make))
-            self.train(f"{name}2", with_optimizer(make), stop_after=4)
-            self.assertEqual(self.train(f"{name}2", with_optimizer(make)).steps, 5)
-            self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
-
     def test_what_costs_no_run(self):
-        """Weights that GPT.load laid out otherwise in memory, which AdamW's moments aren't; fewer
-        ranks before; a logger that fails; a stop at any time; what a killed save left."""
         self.train("whole.pt")
         self.train("c.pt", stop_after=4)
-        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")
+        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")  # of fewer ranks
         self.assertEqual(self.train("fewer.pt").steps, 5)
-        self.train("c.pt", model=GPT.load("c.pt"))
+        self.train("c.pt", model=GPT.load("c.pt"))  # its weights are laid out otherwise in memory
         self.assertSame(read_file("whole.pt"), read_file("c.pt"))
 
         def fails(metrics):
             if metrics["step"] == 4:
                 raise OSError("no network")
+
+        def stop(*_):
+            model.stop_training = True
 
         with self.assertSays(OSError, "no network"):
             self.train("logged.pt", on_eval=fails)
@@ -960,39 +887,39 @@ class TestGPTCheckpoint(TrainedCase):
             self.assertFalse(Path("logged.pt.tmp").exists())
         self.assertSame(read_file("whole.pt"), read_file("logged.pt"))
         model = tiny_gpt(dropout=0.2)
-
-        def stop(*_):
-            model.stop_training = True
-
         self.assertEqual(self.train(None, model=model, on_eval=stop).steps, 2)
         self.assertFalse(model.stop_training)
         model.register_state_dict_pre_hook(stop)  # comes during the first save
         self.assertEqual(self.train("stopped.pt", model=model).steps, 2)
 
-    def test_checkpoint_that_does_not_fit(self):
+    def test_file_that_does_not_fit(self):
         sgd = with_optimizer(torch.optim.SGD)
-        self.train("c.pt", stop_after=1)
-        self.train("class.pt", WithAnotherLayer, stop_after=1)
         self.train("sgd.pt", sgd, stop_after=1)
-        tiny_gpt().save("model.pt")
-        saved, another = read_file("c.pt"), ("last_norm.weight", "(16,)", "missing")
-        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "optimizer")}
-        torch.save(old | {"settings": {}, "ranks": [], "run": saved["run"]}, "old.pt")
-        for path, model, words in (
-            ("c.pt", tiny_gpt(emb_size=32), ("16", "32")),
-            ("class.pt", tiny_gpt(), another),
-            ("sgd.pt", tiny_gpt(), ("SGD", "AdamW")),
-            ("c.pt", tiny_gpt(sgd), ("SGD", "AdamW")),
-            ("model.pt", tiny_gpt(), ("resumed", "another name")),
-            ("old.pt", tiny_gpt(), ("older version", "another name")),
-        ):
-            before, weights = Path(path).read_bytes(), copy.deepcopy(model.state_dict())
-            with self.subTest(path), self.assertSays(ValueError, path, *words):
-                self.train(path, model=model)
+        self.train("c.pt", stop_after=1)
+        saved = read_file("c.pt")
+        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "run")}
+        resumed = [(read_file("sgd.pt"), GPT, ("SGD", "AdamW")), (saved, sgd, ("SGD", "AdamW")),
+                   (old, GPT, ("only a model", "older version"))]
+        both = [(saved, WithAnotherLayer, ("last_norm.weight", "(16,)", "missing"))] + [
+            (saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, (name, word))
+            for name, word in (("surplus", "missing"), ("linear.bias", "(40,)"))]
+        loaded = [(saved | {"sizes": saved["sizes"] | {name: value}}, GPT, words)
+                  for name, value, *words in (
+                      ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2", "missing"),
+                      ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"),
+                      ("layers", 2, "layers"))]
+        for content, cls, words in resumed + both:
+            torch.save(content, "bad.pt")
+            model, before = tiny_gpt(cls), Path("bad.pt").read_bytes()
+            weights = copy.deepcopy(model.state_dict())
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                self.train("bad.pt", model=model)
             self.assertSame(weights, model.state_dict())  # nothing half-loaded
-            self.assertEqual(before, Path(path).read_bytes())
-        with self.assertSays(ValueError, "class.pt", *another):
-            GPT.load("class.pt")
+            self.assertEqual(before, Path("bad.pt").read_bytes())
+        for content, cls, words in both + loaded:
+            torch.save(content, "bad.pt")
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                cls.load("bad.pt")
 
     def test_round_trip(self):
         model = tiny_gpt().eval()
@@ -1026,12 +953,6 @@ class TestGPTCheckpoint(TrainedCase):
             self.assertEqual(said.count("c.pt: the model's code was edited"), told)
 
     def test_damaged_files(self):
-        def refused(content, *words):
-            (Path("bad.pt").write_bytes if isinstance(content, bytes) else
-             lambda content: torch.save(content, "bad.pt"))(content)
-            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
-                GPT.load("bad.pt")
-
         class Evil:
             def __reduce__(self):
                 return os.mkdir, ("pwned",)
@@ -1040,19 +961,22 @@ class TestGPTCheckpoint(TrainedCase):
         model.save("good.pt")
         good, saved = Path("good.pt").read_bytes(), read_file("good.pt")
         for content in (b"", bytes(len(good)), b"hello\n" * 50, random.randbytes(len(good)),
-                        *(good[: len(good) * p // 100] for p in (10, 50, 99))):
-            refused(content, "train")
-        for content in ({"some": "dict"}, {"format": 1}, [], saved | {"format": 99},
+                        *(good[: len(good) * p // 100] for p in (10, 50, 99)),
+                        {"some": "dict"}, [], saved | {"format": 99},
                         *({k: v for k, v in saved.items() if k != part}
-                          for part in ("format", "sizes", "notes", "weights"))):
-            refused(content, "format")
-        for part, content in saved.items():
-            refused(saved | {part: [content, Evil()]})
+                          for part in ("format", "sizes", "notes", "weights")),
+                        *(saved | {part: [saved[part], Evil()]} for part in saved)):
+            if isinstance(content, bytes):
+                Path("bad.pt").write_bytes(content)
+            else:
+                torch.save(content, "bad.pt")
+            with self.subTest(str(content)[:99]), self.assertSays(ValueError, "bad.pt", "again"):
+                GPT.load("bad.pt")
             self.assertFalse(Path("pwned").exists())
         for path, error in (("missing.pt", FileNotFoundError), (".", ValueError)):
             with self.assertSays(error, path, "train"):
                 GPT.load(path)
-        caught, places = 0, random.sample(range(len(good)), 300)
+        refused, places = 0, random.sample(range(len(good)), 300)
         for place in places:  # one bit is flipped
             bad = bytearray(good)
             bad[place] ^= 1 << random.randrange(8)
@@ -1060,36 +984,17 @@ class TestGPTCheckpoint(TrainedCase):
             try:
                 loaded = GPT.load("bad.pt")
             except ValueError:
-                caught += 1
+                refused += 1
             else:  # it hit padding
                 self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()), place)
                 self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
-        self.assertGreater(caught, len(places) / 4)
-
-    def test_sizes_and_weights_that_disagree(self):
-        tiny_gpt().save("m.pt")
-        saved = read_file("m.pt")
-        for part, name, value, words in (
-            ("sizes", "vocab_size", 41, ("41", "40")), ("sizes", "emb_size", 24, ("24", "16")),
-            ("sizes", "num_layers", 3, ("decoders.2", "missing")),
-            ("sizes", "num_heads", 4, ("96", "48")), ("sizes", "layers", 2, ("layers",)),
-            ("sizes", "emb_size", -1, ("emb_size=-1",)),
-            ("weights", "surplus", torch.zeros(1), ("surplus", "missing")),
-            ("weights", "linear.bias", torch.zeros(39), ("linear.bias", "39", "40")),
-        ):
-            torch.save(saved | {part: saved[part] | {name: value}}, "bad.pt")
-            with self.subTest(name), self.assertSays(ValueError, "bad.pt", *words):
-                GPT.load("bad.pt")
+        self.assertGreater(refused, len(places) / 4)
 
     def test_failed_save_leaves_the_old_file(self):
         def fails(error, *words):
             with self.assertSays(error, *words):
                 model.save("m.pt")
             self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-
-        def half(content, file):
-            file.write(b"half")
-            raise OSError(28, "No space left")
 
         model = tiny_gpt()
         model.save("m.pt")
@@ -1099,10 +1004,8 @@ class TestGPTCheckpoint(TrainedCase):
             model.notes = {"fine": 1, "best": bad}
             fails(ValueError, "notes['best']")
         model.notes, model.sizes["folder"] = {}, Path("x")
-        fails(ValueError, "m.pt")  # nothing that can't be read back replaces a file
+        fails(ValueError, "m.pt", "pathlib")  # nothing that can't be read back replaces a file
         del model.sizes["folder"]
-        with mock.patch("torch.save", half):
-            fails(OSError, "No space left", "m.pt")
         with mock.patch("os.fsync", side_effect=OSError(5, "Input/output error")):
             fails(OSError, "Input/output error", "not saved", "m.pt")
         if not Path("/dev/full").exists():
@@ -1117,33 +1020,13 @@ class TestGPTCheckpoint(TrainedCase):
         fails(OSError, "too large", "m.pt")
 
 
-class LoRA(nn.Module):
-    """A frozen layer and a learned low-rank change of it (Hu et al. 2021)."""
-
-    def __init__(self, layer, rank=2):
-        super().__init__()
-        self.layer = layer.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(rank, layer.in_features) * 0.1)
-        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
-
-    def forward(self, x):
-        return self.layer(x) + x @ self.down.T @ self.up.T
-
-
-class WithLoRA(GPT):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for block in self.decoders:
-            block.attention.heads.qkv = LoRA(block.attention.heads.qkv)
-        self.linear = LoRA(self.linear)
-
-
 class WithAnotherLayer(GPT):
-    """And with numbers that aren't saved."""
+    """And with weights that are frozen and numbers that aren't saved."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.last_norm = nn.LayerNorm(kwargs["emb_size"])
+        self.decoders[0].requires_grad_(False)
         self.register_buffer("scale", torch.arange(kwargs["emb_size"]) / 9, persistent=False)
 
     def hidden(self, x, cache=None):
@@ -1161,11 +1044,12 @@ class TestGPTEdited(TrainedCase):
 
     def test_train_resume_save_load_generate(self):
         x = torch.tensor([[1, 8], [3, 4]])
-        for cls in (WithAnotherLayer, WithLoRA, Tied):
+        for cls in (WithAnotherLayer, Tied, with_optimizer(
+                lambda parameters, rate: Momentum64(parameters, {"lr": rate, "count": 0}))):
             name, before = cls.__name__, tiny_gpt(cls)(x)
             whole = self.train(f"{name}1", cls, steps=4).model.eval()
             self.train(f"{name}2", cls, steps=4, stop_after=2)
-            self.train(f"{name}2", cls, steps=4)
+            self.assertEqual(self.train(f"{name}2", cls, steps=4).steps, 2)
             self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
             state, loaded = torch.get_rng_state(), cls.load(f"{name}2")
             self.assertIs(type(loaded), cls)
