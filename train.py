@@ -209,7 +209,7 @@ def find_text() -> list[Document]:
             size = file.seek(0, os.SEEK_END)
             point = file.seek(size * 9 // 10)
             rest = file.read(1 << 16)
-        line = rest.find(b"\n", 0, size - point - 1) + 1
+        line = rest.find(b"\n", 0, (size - point) // 2) + 1  # further on, too little would be left
         # in UTF-8 all bytes of a character but its first are 10xxxxxx
         character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
         documents.append((text, point + (line or character), size))
