@@ -1816,14 +1816,14 @@ class TestTrain(RunCase):
     def test_the_last_tenth_of_every_document_is_held_out(self):
         """From the beginning of a line; special tokens written in a text are those tokens."""
         texts = ["\ufeffone\r\ntwo " * 40, "<|user|> drei\n\n  vier\x00 " * 30,
-                 "пять 🚀 " * 60, "🚀" * 501]  # the last two have no line
+                 "пять 🚀 " * 60 + "\nend", "🚀" * 501]  # the last two: no line is near
         for n, text in enumerate(texts):
             self.write(f"{n}.txt", text)
         self.train(DATA_FILE=["0.txt", "1.txt", Path("2.txt"), "3.txt"], MAX_STEPS=1,
                    SPECIAL_TOKENS=(END, "<|user|>"))
         for (seen, held_out), text in zip(self.documents(), texts, strict=True):
             self.assertEqual(seen + held_out, text)
-            self.assertEqual(seen.endswith("\n"), "\n" in text)
+            self.assertEqual(seen.endswith("\n"), text in texts[:2])
             self.assertAlmostEqual(len(held_out) / len(text), 0.1, delta=0.05)
         ids = [*np.load("out/train.npy").tolist(), *np.load("out/valid.npy").tolist()]
         user = BPE.load("out/tokenizer.json").special_tokens["<|user|>"]
