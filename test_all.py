@@ -2056,6 +2056,8 @@ class TestRunFolder(RunCase):
     def test_what_resumes(self):
         """A run with steps left; with what may change at any time, whatever metrics.csv holds."""
         shutil.copy("text.txt", "renamed.txt")
+        self.trained("0", MAX_STEPS=8)
+        importlib.reload(train)  # as in a notebook: the second block is known before it runs
         numbers = {name: np.int64(value) if type(value) is int else np.float64(value)
                    for name, value in SMALL.items() if type(value) in (int, float)}
         for n, (steps, changes) in enumerate((
