@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread 
                        # with the values here); None: all of them
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
-SETTINGS = [name for name in globals()  # the names of these constants
+SETTINGS = [name for name in takewhile("SETTINGS".__ne__, globals())  # all that stand above
             if name.isupper() and name not in ("BPE", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
@@ -209,7 +210,7 @@ def find_text() -> list[Document]:
             size = file.seek(0, os.SEEK_END)
             point = file.seek(size * 9 // 10)
             rest = file.read(1 << 16)
-        line = rest.find(b"\n", 0, size - point - 1) + 1
+        line = rest.find(b"\n", 0, (size - point) // 2) + 1  # further on, too little would be left
         # in UTF-8 all bytes of a character but its first are 10xxxxxx
         character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
         documents.append((text, point + (line or character), size))
