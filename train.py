@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -65,8 +65,8 @@ EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread 
                        # with the values here); None: all of them
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
-SETTINGS = [name for name, value in globals().items()  # the names of these constants
-            if name.isupper() and not isinstance(value, type)]
+SETTINGS = [name for name in globals()  # the names of these constants
+            if name.isupper() and name not in ("BPE", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
                        # (another text starts a new run, too)
@@ -79,12 +79,17 @@ COMPILE = False        # True: torch.compile; pays on long runs, needs a C++ com
 
 
 def main() -> None:
+    with ExitStack() as held:  # the lock of OUT_DIR, until the run ends, however it ends
+        run(held)
+
+
+def run(held: ExitStack) -> None:
     started = time.perf_counter()
     device, rank, ranks = start_group()
     settings = check_constants(ranks)
     documents = find_text()
     out = Path(OUT_DIR).resolve()
-    shared = [open_run(out, documents, settings) if rank == 0 else None]
+    shared = [open_run(out, documents, settings, held) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(shared)  # rank 0 decides for all
     notes = shared[0]
@@ -133,7 +138,7 @@ def main() -> None:
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
         dist.destroy_process_group()
-    if signals:
+    if signals and not (rows and rows[-1]["step"] >= MAX_STEPS):  # the last step had been done
         if rank == 0:
             say("stopped; to resume, start it again in the same way")
         sys.exit(128 + signals[0])
@@ -164,12 +169,16 @@ def check_constants(ranks: int) -> dict[str, str]:
     with torch.device("meta"):  # a model on the meta device takes no memory
         build(VOCAB_SIZE, "meta")
     settings = {}
-    for name in SETTINGS:  # as text that is the same in the next process; a function by its name
+    for name in SETTINGS:  # as text that is the same in the next process
         try:
-            settings[name] = json.dumps(here[name], default=lambda value: value.__qualname__)
+            settings[name] = json.dumps(here[name], default=lambda value: (
+                value.item() if isinstance(value, np.generic) else
+                str(value) if isinstance(value, Path) else
+                value.__qualname__))  # of a function or a class
         except (TypeError, AttributeError):
-            raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, "
-                             f"a list of these or a function; put it below SETTINGS") from None
+            raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, a "
+                             f"list of these, a function or a class; else put it below SETTINGS"
+                             ) from None
     return settings
 
 
@@ -239,7 +248,8 @@ def sha256_of(documents: list[Document]) -> str:
 # ------------------------------------------------------------------ the run's folder
 
 
-def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> dict:
+def open_run(out: Path, documents: list[Document], settings: dict[str, str],
+             held: ExitStack) -> dict:
     """Get OUT_DIR ready for this run; returns the notes that travel in its files.
 
     An unfinished run of the same settings and text resumes, a finished one if MAX_STEPS was raised.
@@ -248,10 +258,10 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> 
     """
     settings = settings | {"DATA_FILE": sha256_of(documents)}
     if out.exists() and not (out / ".lock").exists() and any(out.iterdir()):
-        raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty, and no run of train.py made it: give a "
-                         f"new folder, so that nobody's files are overwritten")
+        raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty and has no .lock, so no run of train.py "
+                         f"made it: give a new folder; nobody's files are overwritten")
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    lock(out, held)
     why = ""
     if (out / "checkpoint.pt").exists():
         saved = read_file(out / "checkpoint.pt")
@@ -285,7 +295,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str]) -> 
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
         why = f"; the old run is kept as {old}"
         out.mkdir()
-        lock(out)
+        lock(out, held)
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
@@ -325,26 +335,24 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-LOCKS = []  # open files; a lock lasts until this process ends, however it ends
-
-
-def lock(out: Path) -> None:
-    """Make .lock, the mark of a run's folder, and lock it. ValueError if another process has."""
-    file = open(out / ".lock", "a")
-    LOCKS.append(file)
+def lock(out: Path, held: ExitStack) -> None:
+    """Make .lock, the mark of a run's folder, and lock it until `held` ends. ValueError if another
+    training has."""
+    file = held.enter_context(open(out / ".lock", "a"))
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use by another train.py: wait for it, stop "
                          f"it, or give another folder") from None
     except (ImportError, OSError) as error:  # Windows, some network drives
+        file.close()  # Windows can't rename a folder with an open file in it
         say(f"{OUT_DIR} can't be locked here ({error}): don't start a second training there")
 
 
 def write_metrics(out: Path, rows: list[dict]) -> None:
     with open(out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[-1])
+        writer = csv.DictWriter(file, {name: "" for row in rows for name in row})
         writer.writeheader()
         writer.writerows(rows)
     os.replace(out / "metrics.csv.tmp", out / "metrics.csv")
@@ -397,7 +405,7 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
     if threading.current_thread() is threading.main_thread():  # only it may set handlers
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: C code's
                 before[number] = signal.signal(number, stop)
     try:
         yield came
@@ -411,9 +419,15 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
 
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody can read it, training continues."""
-    with suppress(OSError, ValueError, AttributeError):  # no console, a closed terminal or pipe
-        tqdm.write(text)
+    unread = (OSError, ValueError, AttributeError)  # a closed pipe or terminal, no console
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a notebook's may be None
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # "?" for what it lacks
         sys.stdout.flush()
+    except unread:
+        with suppress(*unread):  # or what is left unwritten raises at the next flush, tqdm's too
+            number = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None:
@@ -426,15 +440,15 @@ def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None
 
 def report(out: Path, rows: list[dict]) -> None:
     """Print the best result of the run, a sample, where everything lies, and the next command."""
-    best = min(rows, key=lambda row: min(math.inf, float(row["valid_loss"])))  # NaN: inf
+    model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
+    best = model.notes["metrics"][-1]  # its own row; those of metrics.csv are rounded
     try:
         draw_losses(out / "loss.png", rows, best)
     except Exception as error:  # a failed picture must not end a run
         say(f"no loss.png: {type(error).__name__}: {error}")
-    model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
-                         generator=torch.Generator().manual_seed(SEED))[0, start.shape[1]:]
+                         generator=torch.Generator().manual_seed(int(SEED)))[0, start.shape[1]:]
     bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
     where = "" if OUT_DIR == "out" else f", with OUT_DIR = {str(OUT_DIR)!r} in it"
     say(f"""a sample of {len(ids)} tokens:
@@ -474,8 +488,6 @@ def draw_losses(path: Path, rows: list[dict], best: dict) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(AttributeError):  # a console that can't show a character shows a "?"
-        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:  # before the training, or after it
