@@ -3534,6 +3534,7 @@ class TestReadme(Case):
                 self.assertEqual(space["MAX_STEPS"], round(
                     3e9 / (space["BATCH_SIZE"] * space["MAX_SEQ_LEN"])))
         self.assertIn("resuming out-muon after", printed.getvalue())
+        self.assertTrue(read_file("out-muon/checkpoint.pt")["optimizer"]["state"])
         for _, promised in self.each(r"# prints (.*?)$"):
             self.assertIn(promised, printed.getvalue().splitlines())
         self.assertIn("fox.<|endoftext|>jumps, \"over\" it", Path("my.txt").read_text("utf-8"))
