@@ -3263,28 +3263,24 @@ class TestGPT1(RunCase):
 class TestReadme(Case):
     """What the pages name exists, and what they compute is right. Their prose is free."""
 
-    PAGES = ("README", "assets/benchmarks", "assets/exercises", "assets/huggingface",
-             "assets/questions", "assets/recipes")
     OF_A_RUN = ("out tokenizer.json model.pt checkpoint.pt metrics.csv loss.png train.npy "
-                "valid.npy text.sha256 my.txt my.npy tuned.pt my_tokenizer.json out-1 "
-                "out-2").split()
+                "valid.npy my.txt my_tokenizer.json valid.txt").split()
 
     def setUp(self):
         super().setUp()
-        self.texts = {f"{page}{language}.md": (HERE / f"{page}{language}.md").read_text("utf-8")
-                      for page in self.PAGES for language in ("", ".ru")}
-        self.pairs = [(page, self.texts[f"{page}.md"], self.texts[f"{page}.ru.md"])
-                      for page in self.PAGES]
+        files = [*HERE.glob("README*.md"), *HERE.glob("assets/*.md")]
+        self.texts = {file.relative_to(HERE).as_posix(): file.read_text("utf-8") for file in files}
+        self.pairs = [(page, text, self.texts[page.replace(".md", ".ru.md")])
+                      for page, text in self.texts.items() if ".ru." not in page]
 
     def each(self, pattern):
         """(page, what was found) for everything in the pages that matches."""
-        for russian in (False, True):
-            found = [(page, one) for page, text in self.texts.items() if (".ru." in page) == russian
-                     for one in re.findall(pattern, text, re.M | re.S)]
-            self.assertTrue(found, f"no page has {pattern}")
-            yield from found
+        found = [(page, one) for page, text in self.texts.items()
+                 for one in re.findall(pattern, text, re.M | re.S)]
+        self.assertEqual({".ru." in page for page, _ in found}, {False, True}, pattern)
+        return found
 
-    def blocks(self, text, language):
+    def blocks(self, text, language="python"):
         """The code blocks of a page, without comments and blank lines."""
         blocks = re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
         return [re.sub(r"(?m)^\s*\n|\s*(^|\s)#(?! prints).*$", "", block) for block in blocks]
@@ -3294,114 +3290,110 @@ class TestReadme(Case):
         text = re.sub(r"(?<=\d)[,\u00a0](?=\d{3}\b)", "", text)
         text = re.sub(r"\w*[^\W\d_]-?\d[\w.]*", lambda word: word[0] if re.fullmatch(
             r"\de-?\d+", word[0]) else "", text)
+        text = re.sub(r"\d+\.\d+\.\d[\d.]*", "", text)  # versions
         return [number.rstrip(".") for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", text)]
 
-    def named_test(self, name):
-        """TestX or TestX.test_y -> the class or method of this file, or None."""
-        first, _, rest = name.partition(".")
-        found = globals().get(first)
-        return getattr(found, rest, None) if rest else found
-
-    def test_names_exist(self):
+    def test_names_files_and_commands_exist(self):
+        here = dict(globals())
         for page, (file, name) in self.each(r"`(\w+)\.py: ([\w.]+)`"):
-            if file == "test_all":
-                self.assertIsNotNone(self.named_test(name), f"{page}: {name}")
-                continue
-            found = importlib.import_module(file)
+            found = SimpleNamespace(**here) if file == "test_all" else importlib.import_module(file)
             for part in name.split("."):
                 self.assertTrue(hasattr(found, part), f"{page}: {file}.py: {name}")
                 found = getattr(found, part)
-            self.assertEqual(found.__module__, file, f"{page}: {name} stands elsewhere")
+            self.assertIn(found.__module__, (file, __name__), f"{page}: {name} stands elsewhere")
+        for page, (file, name) in self.each(r"\bpython (\w+\.py)(?: (\w+))?"):
+            self.assertTrue((HERE / file).exists(), f"{page}: python {file}")
+            self.assertTrue(not name or name in here or f"Test{name}" in here, f"{page}: {name}")
+        source = "".join((HERE / file).read_text("utf-8") for file in ("train.py", "sample.py"))
+        for page, name in self.each(r"`([A-Z]+(?:_[A-Z]+)+)`"):
+            self.assertRegex(source, rf"(?m)^{name} = ", page)
+        for page, name in (self.each(r"`([\w./-]+\.(?:py|md|txt|json|pt|csv|png|npy))`")
+                           + self.each(r"\b(\w+\.py)\b")):
+            self.assertTrue(name.removeprefix("out/") in self.OF_A_RUN or (HERE / name).exists()
+                            or (HERE / "assets" / name).exists(), f"{page}: {name}")
+        tests = {name for name in dir(Exercises) if name.startswith("test_")}
+        for page in ("assets/exercises.md", "assets/exercises.ru.md"):
+            named = re.findall(r"python test_all\.py Exercises\.(test_\w+)", self.texts[page])
+            self.assertEqual(set(named), tests, page)
 
-    def test_files_and_links_exist(self):
+    def test_links(self):
         for page, (target, anchor) in self.each(r"\]\((?!\w+://)([^)#]*)#?([^)]*)\)"):
             file = (HERE / page).parent / target if target else HERE / page
             self.assertTrue(file.exists(), f"{page}: {target}")
             heads = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
             self.assertTrue(not anchor or anchor in slugs, f"{page}: {target}#{anchor}: {slugs}")
-        for readme in ("README.md", "README.ru.md"):
-            for file in (*MODULES, "test_all", "bench"):
-                self.assertIn(f"[{file}.py]({file}.py)", self.texts[readme])
-        for page, name in itertools.chain(
-                self.each(r"`([\w./-]+\.(?:py|md|txt|json|pt|csv|png|npy))`"),
-                self.each(r"\b(\w+\.py)\b")):
-            if name.removeprefix("out/") not in self.OF_A_RUN:
-                places = (HERE / name, HERE / "assets" / name)
-                self.assertTrue(any(place.exists() for place in places), f"{page}: {name}")
-
-    def test_commands(self):
-        for page, (file, name) in self.each(r"\bpython (\w+\.py)(?: (\w+(?:\.\w+)?))?"):
-            self.assertTrue((HERE / file).exists(), f"{page}: python {file}")
-            if file == "test_all.py" and name:
-                found = self.named_test(name) or self.named_test(f"Test{name}")
-                self.assertIsNotNone(found, f"{page}: python {file} {name}")
-        for readme in ("README.md", "README.ru.md"):
-            start = self.texts[readme][:2500]  # the first screen
-            self.assertIn("pip install -r requirements.txt && python train.py\n", start)
-
-    def test_constants(self):
-        source = "".join((HERE / file).read_text("utf-8") for file in ("train.py", "sample.py"))
-        for page, name in self.each(r"`([A-Z]+(?:_[A-Z]+)+)`"):
-            self.assertRegex(source, rf"(?m)^{name} = ", page)
-
-    def test_versions(self):
         requirements = (HERE / "requirements.txt").read_text("utf-8")
         floor, bound = re.search(r"^torch>=(\S+?),<(\S+)$", requirements, re.M).groups()
-        for readme in ("README.md", "README.ru.md"):
-            for words in (f"torch {floor}", f"`,<{bound}`"):
-                self.assertIn(words, self.texts[readme], readme)
+        for words in (*(f"[{file}.py]({file}.py)" for file in (*MODULES, "test_all", "bench")),
+                      f"torch {floor}", f"`,<{bound}`", "requirements.txt && python train.py\n"):
+            for readme in ("README.md", "README.ru.md"):
+                self.assertIn(words, self.texts[readme])
 
     def test_both_languages_have_the_same_code_numbers_and_links(self):
-        for page, english, russian in self.pairs:
+        for page, *texts in self.pairs:
             for language in ("python", "sh"):
-                self.assertEqual(self.blocks(english, language), self.blocks(russian, language))
-            links, numbers = [], []
-            for text in (english, russian):
-                text = re.sub(r"(?ms)^```.*?^```$", "", text)
-                links.append(sorted(link.replace(".ru.md", ".md") for link in
-                                    re.findall(r"\]\(([^)#]+)", text) if "README" not in link))
-                text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
-                numbers.append({n for n in self.numbers(text) if len(n) > 1})  # "8" may be a word
-            self.assertEqual(*links, page)
-            self.assertEqual(numbers[0] ^ numbers[1], set(), page)
+                self.assertEqual(*(self.blocks(text, language) for text in texts), page)
+            prose = [re.sub(r"(?ms)^```.*?^```$", "", text) for text in texts]
+            self.assertEqual(*(sorted(link.replace(".ru.md", ".md") for link in re.findall(
+                r"\]\(([^)#]+)", text) if "README" not in link) for text in prose), page)
+            self.assertEqual(*({n for n in self.numbers(re.sub(r"`[^`]*`|\]\([^)]*\)", "", text))
+                                if len(n) > 1} for text in prose), page)  # "8" may be a word
 
     def test_code_blocks_run(self):
-        Path("my.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 50, "utf-8")
-        small = SMALL | dict(DATA_FILE="my.txt", MAX_STEPS=4)
-        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
-            train.main()
-        space = {}
-        with mock.patch.multiple(train, **small):
-            for page, english, _ in self.pairs:
-                for block in self.blocks(english, "python") if page != "assets/huggingface" else ():
-                    block = re.sub(r"(max_steps=)\d+(, eval_every=)\d+", r"\g<1>4\g<2>2", block)
-                    with contextlib.redirect_stdout(io.StringIO()) as out:
-                        exec(compile(block, page, "exec"), space)
-                    for promised in re.findall(r"# prints (.*)", block):
-                        self.assertIn(promised, out.getvalue().splitlines())
-        notes = GPT.load("out/model.pt").notes  # the fine-tuned model still knows its tokenizer
-        self.assertEqual(GPT.load("tuned.pt").notes, notes)
-        # the constants for GPT-1's size, and what the functions beside them say of it
-        sizes = [space[name] for name in "VOCAB_SIZE MAX_SEQ_LEN EMB_SIZE NUM_HEADS HEAD_SIZE "
-                 "NUM_LAYERS".split()]
-        with torch.device("meta"):
-            count = sum(p.numel() for p in GPT(*sizes, device="meta").parameters())
-        self.assertEqual(count, space["parameters"](*sizes[:3], sizes[5]))
-        self.assertEqual(space["MAX_STEPS"], round(3e9 / (space["BATCH_SIZE"] * sizes[1])))
-        rows = r"^\| (\de\d+)[^|]*\| (\S+)" + r" \| (\S+) [^|]*" * 3 + r"\|$"
-        for page, (tokens, operations, *hours) in self.each(rows):
+        small = SMALL | dict(DATA_FILE="my.txt", SPECIAL_TOKENS=("<|endoftext|>",), INIT_FROM=None)
+        Path("data.jsonl").write_text('{"text": "The quick brown fox."}\n' * 90, "utf-8")
+        Path("data.csv").write_text("id,text\n" + '1,"jumps, ""over"" it"\n' * 90, "utf-8")
+        Path("valid.txt").write_text("the lazy dog\n" * 20, "utf-8")
+        recipes, printed = self.blocks(self.texts["assets/recipes.md"]), io.StringIO()
+        stop, hold = edits = [block for block in recipes if block.startswith(" ")]  # of train.py
+        blocks = [recipes[0], "import train\ntrain.main()\n", *(
+            block for page, text, _ in self.pairs if "huggingface" not in page
+            for block in self.blocks(text) if block not in edits)]
+        for block in blocks:
+            block = re.sub(r"(train\..*MAX_STEPS = .*?)\d+\n", r"\g<1>4\n", block)
+            with (contextlib.redirect_stdout(printed), mock.patch.multiple(train, **small),
+                  mock.patch.object(GPT, "make_optimizer", GPT.make_optimizer)):
+                exec(compile(block, "a page", "exec"), space := {})
+                if "Joined" in space:  # two optimizers as one resume, too
+                    train.MAX_STEPS += 2
+                    train.main()
+            if "hours" in space:
+                hours = space["hours"]
+            if "VOCAB_SIZE" in space:  # of GPT-1's size
+                self.assertEqual(space["MAX_STEPS"], round(
+                    3e9 / (space["BATCH_SIZE"] * space["MAX_SEQ_LEN"])))
+        self.assertIn("resuming out-muon after", printed.getvalue())
+        self.assertTrue(read_file("out-muon/checkpoint.pt")["optimizer"]["state"])
+        for _, promised in self.each(r"# prints (.*?)$"):
+            self.assertIn(promised, printed.getvalue().splitlines())
+        self.assertIn("fox.<|endoftext|>jumps, \"over\" it", Path("my.txt").read_text("utf-8"))
+        for page, (tokens, operations, *said) in self.each(
+                r"^\| (\de\d+)[^|]*\| (\S+)" + r" \| (\S+) [^|]*" * 3 + r"\|$"):
             self.assertEqual(f"{6 * 116e6 * float(tokens):.2e}".replace("+", ""), operations, page)
-            computed = [space["hours"](116e6, float(tokens), gpus) for gpus in (1, 8, 64)]
-            self.assertEqual([f"{number:.2f}" for number in computed], hours, page)
+            self.assertEqual([f"{hours(116e6, float(tokens), n):.2f}" for n in (1, 8, 64)], said)
+        # the edits of train.py: one file is held out; it stops three validations after the best
+        source = (HERE / "train.py").read_text("utf-8")
+        for before, after in (("", "\n    keep_memory()"), ("    documents = find_text()\n", "")):
+            self.assertEqual(source.count(before + after), 1)
+            source = source.replace(before + after, before + (hold if before else stop) + after)
+        exec(compile(source, "train.py", "exec"), space := {"__name__": "edited"})
+        space |= small | dict(DATA_FILE=["my.txt", "valid.txt"], LEARNING_RATE=1.0,
+                              OUT_DIR="edited", EVAL_EVERY=2, MAX_STEPS=400)
+        with contextlib.redirect_stdout(printed):
+            space["main"]()
+        losses = np.loadtxt("edited/metrics.csv", delimiter=",", skiprows=1)[:, 4]
+        self.assertEqual(len(losses) - losses.argmin(), 4)
+        held = BPE.load("edited/tokenizer.json").decode(np.load("edited/valid.npy").tolist())
+        self.assertEqual(held, "<|endoftext|>" + Path("valid.txt").read_text("utf-8"))
 
     def test_measurements_come_from_assets(self):
         """Each number in a part that a script fills in is found in assets/."""
         files = [*(HERE / "assets").glob("*.json"), HERE / "assets/metrics.csv"]
         known = {float(number) for file in files
                  for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", file.read_text("utf-8"))}
-        region = r"^<!-- (runs?|bench:\w+) -->\n(.*?)^<!-- /(?:runs?|bench) -->$"
-        for page, (name, part) in self.each(region):
+        for page, (name, part) in self.each(
+                r"^<!-- (runs?|bench:\w+) -->\n(.*?)^<!-- /(?:runs?|bench) -->$"):
             numbers = self.numbers(re.sub(r"(?ms)^```.*?^```$", "", part))  # without the sample
             self.assertGreater(len(numbers), 2, f"{page}: {name} isn't filled in")
             for number in numbers:
@@ -3409,16 +3401,9 @@ class TestReadme(Case):
                 self.assertTrue(any(value == float(number) or f"{value:.{digits}f}" == number
                                     for value in known), f"{page}, {name}: {number}")
 
-    def test_exercises_have_their_tests(self):
-        tests = {name for name in dir(Exercises) if name.startswith("test_")}
-        named = set(self.each(r"python test_all\.py Exercises\.(test_\w+)"))
-        pages = [f"{page}{language}.md" for page in ("README", "assets/exercises")
-                 for language in ("", ".ru")]
-        self.assertEqual(named, set(itertools.product(pages, tests)))
-
 
 class Exercises(Case):
-    """One test for each exercise of the README: red until you have solved it.
+    """One test for each exercise: red until you have solved it.
 
     python test_all.py Exercises.test_gelu
     """
@@ -3427,33 +3412,21 @@ class Exercises(Case):
 
     def test_gelu(self):
         """1. FFN.py: GELU in place of ReLU, exact or by tanh."""
-        ffn = FeedForward(8, dropout=0.0)
-        x = 3 * torch.randn(2, 5, 8)
-        inner = F.linear(x, ffn.expand.weight, ffn.expand.bias)
-        errors = [(ffn(x) - ffn.contract(F.gelu(inner, approximate=kind))).abs().max().item()
-                  for kind in ("none", "tanh")]
-        self.assertLess(min(errors), 1e-5)
+        ffn, x = FeedForward(8, dropout=0.0), 3 * torch.randn(2, 5, 8)
+        self.assertLess(min((ffn(x) - ffn.contract(F.gelu(ffn.expand(x), approximate=kind)))
+                            .abs().max().item() for kind in ("none", "tanh")), 1e-5)
 
     def test_tied(self):
         """2. GPT.py: the last layer uses the token table, after training and loading, too."""
-        V, E = 50, 8
-        model = GPT(V, 16, E, 2, 4, 2)
-        separate = 2 * V * E + V + 16 * E + 2 * (12 * E * E + 13 * E)
-        count = sum(p.numel() for p in model.parameters())
-        self.assertEqual(separate - count, V * E, "one table of V·E must be gone")
-        x = torch.randint(V, (2, 9))
-        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
-        self.assertAlmostEqual(loss, math.log(V), delta=0.2)
-        model.fit(counting_batches(3, V=V), counting_batches(1, V=V), 1, 1e-2)
+        model, x = tiny_gpt(), torch.randint(40, (2, 9))
+        model.fit(counting_batches(3), counting_batches(1), 1, 1e-2)
         model.save("m.pt")
         for net in (model, GPT.load("m.pt"), GPT.load("m.pt", dtype="bf16")):
             table = net.eval().token_embeddings.embedding.weight
             self.assertEqual(net.linear.weight.data_ptr(), table.data_ptr(), "two tables, not one")
-            self.assertEqual(sum(p.numel() for p in net.parameters()), count)
-            with torch.no_grad():
-                expected = net.hidden(x) @ table.T + net.linear.bias
-                self.assertClose(net(x).float(), expected.float(), 1e-2)
-        self.assertClose(GPT.load("m.pt")(x), model.eval()(x))
+            self.assertEqual(sum(p.numel() for p in net.parameters()),  # V·E fewer than before
+                             40 * 16 + 40 + 12 * 16 + 2 * (12 * 16 * 16 + 13 * 16))
+            self.assertClose(net(x).float(), model(x), 0.1)
 
     def test_prenorm(self):
         """3. Decoder.py: the norm before each sub-layer; GPT.py: one more at the end of hidden."""
@@ -3462,8 +3435,7 @@ class Exercises(Case):
         with torch.no_grad():
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
                 b.copy_(a.add_(torch.randn(a.shape) * 0.1))
-        x = torch.randn(2, 7, 12)
-        mask = nn.Transformer.generate_square_subsequent_mask(7)
+        x, mask = torch.randn(2, 7, 12), nn.Transformer.generate_square_subsequent_mask(7)
         self.assertClose(ours(x), theirs(x, src_mask=mask, is_causal=True))
         h = tiny_gpt().hidden(torch.randint(40, (2, 9)))
         self.assertClose(h.mean(-1), torch.zeros(2, 9), 1e-3)
@@ -3474,138 +3446,111 @@ class Exercises(Case):
         from GPT import keep_min_p
 
         logits = torch.randn(20, 30) * 3
-        for p in (0.01, 0.1, 0.5, 1.0):
-            kept = keep_min_p(logits, p)
-            for row, result in zip(logits.softmax(-1).tolist(), kept, strict=True):
-                expected = [q >= p * max(row) * (1 - 1e-6) for q in row]
-                self.assertEqual((result > -math.inf).tolist(), expected)
-        self.assertSame(keep_min_p(logits, 1e-30), logits)
+        for p in (1e-30, 0.01, 0.1, 0.5, 1.0):
+            share = logits.softmax(-1) / logits.softmax(-1).amax(-1, keepdim=True)
+            expected = logits.masked_fill(share < p * (1 - 1e-6), -math.inf)
+            self.assertTrue(torch.equal(keep_min_p(logits, p), expected))
         two = torch.tensor([[2.0, 1.9, -3.0]])
         draws = {next_token(two, 1.0, None, None, min_p=0.5).item() for _ in range(60)}
         self.assertEqual(draws, {0, 1})  # 2^-54: the odds that the second is never drawn
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
-        self.assertSame(model.generate(x, 8, True, min_p=1.0), model.generate(x, 8, False))
+        self.assertClose(model.generate(x, 8, True, min_p=1.0), model.generate(x, 8, False))
         for bad in (0, -0.1, 1.1, math.nan):
             with self.assertSays(ValueError, "min_p"):
                 model.generate(x, 1, True, min_p=bad)
 
     def test_rms_norm(self):
         """5. Decoder.py: RMSNorm in place of LayerNorm: no mean, no bias."""
-        block = Decoder(2, 8, 4, 16, dropout=0.0)
-        with torch.no_grad():
-            for norm in (block.norm1, block.norm2):
-                self.assertEqual([tuple(p.shape) for p in norm.parameters()], [(8,)])
-                next(norm.parameters()).add_(torch.randn(8) * 0.1)
-        w1, w2 = (next(norm.parameters()) for norm in (block.norm1, block.norm2))
-        x = torch.randn(2, 5, 8) + 1  # a mean that LayerNorm would take away
+        block, x = Decoder(2, 8, 4, 16, dropout=0.0), torch.randn(2, 5, 8) + 1
+        (w1,), (w2,) = block.norm1.parameters(), block.norm2.parameters()
+        w1.data += torch.randn(8) * 0.1
+        w2.data += torch.randn(8) * 0.1
         h = F.rms_norm(x + block.attention(x), (8,), w1, 1e-6)
         self.assertClose(block(x), F.rms_norm(h + block.ffn(h), (8,), w2, 1e-6), 1e-3)
 
     def test_swiglu(self):
         """6. FFN.py: contract(silu(gate(x)) * expand(x)), of about as many weights as before."""
-        ffn = FeedForward(48, dropout=0.0)
-        x = torch.randn(2, 5, 48)
+        ffn, x = FeedForward(48, dropout=0.0), torch.randn(2, 5, 48)
         self.assertClose(ffn(x), ffn.contract(F.silu(ffn.gate(x)) * ffn.expand(x)))
-        self.assertEqual(ffn.gate.weight.shape, ffn.expand.weight.shape)
         weights = sum(p.numel() for p in ffn.parameters() if p.dim() == 2)
         self.assertAlmostEqual(weights / (8 * 48 * 48), 1, delta=0.05)
-
-    def by_complex_numbers(self, x, positions, halves):
-        """The oracle of rotary: two numbers are one complex number, multiplied by e^(i·angle)."""
-        D = x.shape[-1]
-        angles = positions[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
-        turn = torch.polar(torch.ones_like(angles), angles)
-        pairs = (x.unflatten(-1, (2, D // 2)).transpose(-2, -1) if halves
-                 else x.unflatten(-1, (D // 2, 2)))  # (…, T, D/2, 2)
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-        return (turned.transpose(-2, -1) if halves else turned).flatten(-2)
 
     def test_rotary(self):
         """7. Attention.py: rotate(x, start=0) queries and keys; GPT.py: no learned positions."""
         from Attention import rotate
 
+        def turn(x, start, halves):  # two numbers are one complex number
+            T, D = x.shape[-2:]
+            angles = torch.arange(start, start + T)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
+            pairs = x.unflatten(-1, (2, -1)).mT if halves else x.unflatten(-1, (-1, 2))
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous())
+                                        * torch.polar(torch.ones_like(angles), angles))
+            return (turned.mT if halves else turned).flatten(-2)
+
         x = torch.randn(2, 3, 9, 8)  # (B, H, T, D)
-        at = torch.arange(9.0)
-        matching = [halves for halves in (False, True) if torch.allclose(
-            rotate(x), self.by_complex_numbers(x, at, halves), atol=1e-4)]
-        self.assertTrue(matching, "neither pairs (0, 1), (2, 3), … nor pairs (i, i + D/2)")
-        self.assertClose(rotate(x, 5), self.by_complex_numbers(x, at + 5, matching[0]), 1e-4)
-        q, k = torch.randn(2, 1, 1, 1, 8)  # only the distance counts
-        scores = [(rotate(q, t + 4) * rotate(k, t)).sum().item() for t in range(50)]
-        self.assertLess(max(scores) - min(scores), 1e-3)
-        head = HeadAttention(6, 8, 16, num_heads=3)
-        x = torch.randn(2, 9, 6)
+        halves = (rotate(x) - turn(x, 0, True)).abs().max() < 1e-4  # else pairs (0, 1), (2, 3), …
+        for start in (0, 5):
+            self.assertClose(rotate(x, start), turn(x, start, halves), 1e-4)
+        head, x = HeadAttention(6, 8, 16, num_heads=3), torch.randn(2, 9, 6)
         q, k, v = head.qkv(x).view(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4)
-        q, k = (self.by_complex_numbers(part, at, matching[0]) for part in (q, k))
+        q, k = turn(q, 0, halves), turn(k, 0, halves)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self.assertClose(head(x), expected.transpose(1, 2).flatten(2), 1e-4)
         self.assertClose(head.weights(x) @ v, expected, 1e-4)
         cache = KVCache(2, 3, 16, 8)
         parts = [head(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
-        self.assertClose(torch.cat(parts, 1), head(x), 1e-4)
-        model = tiny_gpt(num_layers=1).eval()
-        same = model(torch.full((1, 9), 7))  # one token repeated: all positions are alike
+        for result in (head(x), torch.cat(parts, 1)):
+            self.assertClose(result, expected.transpose(1, 2).flatten(2), 1e-4)
+        same = tiny_gpt(num_layers=1)(torch.full((1, 9), 7))  # one token: all positions are alike
         self.assertClose(same, same[:, :1].expand_as(same), 1e-4)
-        ab, ba = (model(torch.tensor([row]))[0, -1] for row in ([3, 8, 5], [8, 3, 5]))
-        self.assertGreater((ab - ba).abs().max().item(), 1e-5)  # but the order still counts
 
     def test_grouped_query(self):
         """8. Attention.py: num_kv_heads, a divisor of num_heads, sets of keys and values."""
         B, T, E, H, G, D = 2, 9, 12, 6, 2, 4
-        layer = MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=G)
-        self.assertEqual(tuple(layer.heads.qkv.weight.shape), ((H + 2 * G) * D, E))
-        x = torch.randn(B, T, E)
+        layer, x = MultiHeadAttention(H, E, D, 16, 0.0, num_kv_heads=G), torch.randn(B, T, E)
         qkv = layer.heads.qkv(x).split((H * D, G * D, G * D), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, D)).transpose(1, 2) for part in qkv)  # (B, H or G, T, D)
-        k, v = (part.repeat_interleave(H // G, 1) for part in (k, v))
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         expected = layer.linear(expected.transpose(1, 2).flatten(2))
-        self.assertClose(layer(x), expected)
-        self.assertEqual(layer.weights(x).shape, (B, H, T, T))
         cache = KVCache(B, G, 16, D)  # the purpose: a smaller cache
         parts = [layer(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
-        self.assertClose(torch.cat(parts, 1), expected)
+        for result in (layer(x), torch.cat(parts, 1)):
+            self.assertClose(result, expected)
+        self.assertEqual(layer.weights(x).shape, (B, H, T, T))
         self.assertClose(layer.bfloat16()(x.bfloat16()).float(), expected, 0.1)
-        torch.manual_seed(4)
-        today = MultiHeadAttention(H, E, D, 16, dropout=0.0)
-        torch.manual_seed(4)
-        self.assertClose(MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=H)(x), today(x))
         with self.assertSays(ValueError, "num_kv_heads"):
             MultiHeadAttention(H, E, D, 16, num_kv_heads=4)
 
 
 class Solutions(Case):
-    """assets/solutions/: applied to a copy, each makes its exercise's test green and no test red
-    that assets/exercises.md doesn't name; the edited model trains, resumes and writes."""
+    """assets/solutions/: applied to a copy, each makes its exercise's test green, and at most three
+    red, of the classes that the page names; the edited model trains, resumes and writes."""
 
     __test__ = False  # python test_all.py Solutions; some minutes
 
     def solve(self, path):
-        shutil.copytree(HERE, "copy", ignore=shutil.ignore_patterns(".*", "out*", "__pycache__"))
-        os.chdir("copy")
-        git = ["git", "-c", "core.autocrlf=false", "apply", str(path)]
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-        self.assertEqual(done.returncode, 0, done.stderr)
+        shutil.copytree(HERE, ".", ignore=shutil.ignore_patterns(".*", "out*"), dirs_exist_ok=True)
 
-        def python(*arguments):
-            return subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
-                                  encoding="utf-8", check=False, env={
-                                      **os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""})
+        def run(*command):
+            return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={
+                **os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}, check=False)
 
-        test = path.stem.split("-", 1)[1].replace("-", "_")
-        self.assertEqual(python("test_all.py", f"Exercises.test_{test}").returncode, 0)
-        page = (HERE / "assets/exercises.md").read_text("utf-8")
-        named = page.split(f"Exercises.test_{test}`")[1].split("\n\n")[0]
-        said = python("test_all.py", "Embeddings", "Attention", "FFN", "Decoder", "GPT").stdout
-        for test, name in re.findall(r"(?m)^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", said):
-            self.assertTrue(f"{name}.{test}" in named or f"{name}`" in named, f"{name}.{test}")
-        self.assertRegex(said, r"(?m)^\d+ passed")
-        run = python("-c", "import train, sample\ntrain.EMB_SIZE = 16; train.NUM_HEADS = 2\n"
-                     "train.HEAD_SIZE = 8; train.VOCAB_SIZE = 300; train.EVAL_EVERY = 2\n"
-                     "for train.MAX_STEPS in (2, 4): train.main()\n"
-                     "sample.MAX_NEW_TOKENS = 70; sample.main()")
-        self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertIn("resuming after step 2", run.stdout)
+        test = f"Exercises.test_{path.stem.split('-', 1)[1].replace('-', '_')}"
+        for command in (("git", "-c", "core.autocrlf=false", "apply", str(path)),
+                        (sys.executable, "test_all.py", test),
+                        (sys.executable, "-c", "import train, sample\ntrain.EMB_SIZE = 16\n"
+                         "train.NUM_HEADS, train.HEAD_SIZE, train.VOCAB_SIZE = 2, 8, 300\n"
+                         "for train.MAX_STEPS in (2, 4): train.main()\nsample.main()")):
+            done = run(*command)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("resuming out after step 2", done.stdout)
+        page = (HERE / "assets/exercises.md").read_text("utf-8").split(f"{test}`")[1]
+        named = re.findall(r"`test_all\.py: (Test\w+)`", page.split("\n\n")[0])
+        said = run(sys.executable, "test_all.py", "Embeddings", "Attention", "FFN", "Decoder",
+                   "GPT").stdout
+        red = {(case, name) for name, case in re.findall(
+            r"(?m)^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", said) if case != "TestGPT1"}
+        self.assertEqual({case for case, _ in red}, set(named), said)
+        self.assertLessEqual(len(red), 3)
 
 
 for _path in sorted((HERE / "assets/solutions").glob("*.diff")):
