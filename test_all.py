@@ -3019,54 +3019,46 @@ class TestBPE(Case):
 
 
 class TestGPT1(RunCase):
-    """The model against GPT-1 as transformers has it, and assets/huggingface.md: both recipes are
+    """The model against GPT-1 as transformers has it, and assets/huggingface.md: both scripts are
     run as printed, the network switched off, on small models."""
 
     PAGES = ("assets/huggingface.md", "assets/huggingface.ru.md")
-    HUB_NAME = "openai-community/openai-gpt"
-    SIZES = ((60, 20, 16, 2, 1), (97, 26, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
+    SIZES = ((60, 40, 16, 2, 1), (97, 40, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
 
     def setUp(self):
         super().setUp()
         network = mock.patch("socket.socket.connect", side_effect=OSError("there is no network"))
         self.addCleanup(self.enterContext(network).assert_not_called)
 
-    def recipe(self, number):
-        text = (HERE / self.PAGES[0]).read_text("utf-8")
-        return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)[number]
+    def blocks(self, page):
+        return re.findall(r"^```python\n(.*?)^```$", (HERE / page).read_text("utf-8"), re.M | re.S)
 
-    def run_recipe(self, number, **replaced):
-        """Run a block of the page, constants replaced: (its names, what it printed)."""
-        block, out = self.recipe(number), io.StringIO()
-        for old, new in replaced.items():
-            self.assertEqual(block.count(f'{old} = "'), 1)
-            block = re.sub(rf'(?m)^{old} = "[^"]*"', f'{old} = "{new}"', block)
+    def run_recipe(self, number, name=None):
+        """Run a block of the page, with another NAME if one is given: (its names, its output)."""
+        block, out = self.blocks(self.PAGES[0])[number], io.StringIO()
+        if name:
+            block = block.replace('NAME = "openai-community/openai-gpt"', f"NAME = {name!r}")
+            self.assertIn(f"NAME = {name!r}", block)
         space = {"__name__": "recipe"}
         with contextlib.redirect_stdout(out):
             exec(compile(block, self.PAGES[0], "exec"), space)
         return space, out.getvalue()
 
-    def openai_gpt(self, V, T, E, H, layers, afn="gelu"):
-        """A random OpenAIGPTLMHeadModel in which every weight and bias counts."""
+    def openai_gpt(self, V, T, E, H, layers, afn):
+        """A random OpenAIGPTLMHeadModel in which every weight and bias counts, also as a folder
+        like the hub's, with a tokenizer of letters and "the"."""
         hf = library("transformers")
-        config = hf.OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=E, n_head=H,
-                                    n_layer=layers, afn=afn)
-        theirs = hf.OpenAIGPTLMHeadModel(config).eval()
+        theirs = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(
+            vocab_size=V, n_positions=T, n_embd=E, n_head=H, n_layer=layers, afn=afn)).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
-        return theirs
-
-    def openai_folder(self, theirs):
-        """A folder as it is on the hub: weights, sizes, and a tokenizer of letters and "the"."""
         theirs.save_pretrained("openai-gpt")
-        vocab = {"<unk>": 0}
-        for letter in "abcdefghijklmnopqrstuvwxyz.,":
-            vocab |= {letter: len(vocab), f"{letter}</w>": len(vocab) + 1}
-        vocab |= {"th": len(vocab), "the</w>": len(vocab) + 1}
-        Path("openai-gpt/vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-        Path("openai-gpt/merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n", "utf-8")
-        return "openai-gpt"
+        letters = [x + end for x in "abcdefghijklmnopqrstuvwxyz.," for end in ("", "</w>")]
+        vocab = {token: n for n, token in enumerate(["<unk>", *letters, "th", "the</w>"])}
+        self.write("openai-gpt/vocab.json", json.dumps(vocab))
+        self.write("openai-gpt/merges.txt", "#version: 0.2\nt h\nth e</w>\n")
+        return theirs
 
     def pairs(self, layers):
         """(our weight, their weight, whether theirs is transposed)."""
@@ -3080,28 +3072,33 @@ class TestGPT1(RunCase):
             yield (f"decoders.{n}.{ours}.{kind}", f"transformer.h.{n}.{theirs}.{kind}",
                    kind == "weight" and not ours.startswith("norm"))
 
-    def with_relu(self, theirs, V, T, E, H, layers):
-        """Our model with the weights of theirs, put in by a mapping other than the recipe's."""
-        model = GPT(V, T, E, H, E // H, layers, dropout=0.0).eval()
-        ours, weights = dict(model.named_parameters()), theirs.state_dict()
-        with torch.no_grad():
-            for name, other, transposed in self.pairs(layers):
-                ours[name].copy_(weights[other].T if transposed else weights[other])
-            ours["linear.weight"].copy_(weights["lm_head.weight"])
-            ours["linear.bias"].zero_()
-        return model
-
-    def with_gelu(self, theirs, *sizes):
-        return self.run_recipe(0, NAME=self.openai_folder(theirs))[0]["model"]
-
-    def test_numbers_equal_openai_gpt(self):
-        """Logits, the output of every layer, the gradient of every weight, greedy tokens."""
-        library("transformers")
-        for afn, ours_from in (("relu", self.with_relu), ("gelu", self.with_gelu)):
-            for sizes in self.SIZES:
-                with self.subTest(activation=afn, sizes=sizes):
-                    theirs = self.openai_gpt(*sizes, afn)
-                    self.check_numbers(ours_from(theirs, *sizes), theirs, sizes)
+    def test_way_in(self):
+        """Logits, the output of every layer, the gradient of every weight, greedy tokens: with
+        the page's GELU, and with our own FeedForward in its place."""
+        for sizes, afn in itertools.product(self.SIZES, ("gelu", "relu")):
+            with self.subTest(activation=afn, sizes=sizes):
+                theirs = self.openai_gpt(*sizes, afn)
+                space, printed = self.run_recipe(0, "openai-gpt")
+                first, text = printed.split("\n", 1)
+                error = float(first.removeprefix("largest difference of logits: "))
+                self.assertEqual(error < 2e-5, afn == "gelu")
+                self.assertTrue(text.startswith("the first thing she saw was "), text)
+                if afn == "relu":
+                    for decoder in space["model"].decoders:
+                        weights = decoder.ffn.state_dict()
+                        decoder.ffn = FeedForward(sizes[2], dropout=0.0)
+                        decoder.ffn.load_state_dict(weights)
+                self.check_numbers(space["model"], theirs, sizes)
+        # the page's one-line edit of FFN.py computes the same as the class in the script
+        (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
+        edited, changes = re.subn(r"x = \S*relu\(self\.expand\(x\)\)", line,
+                                  (HERE / "FFN.py").read_text("utf-8"))
+        self.assertEqual(changes, 1)
+        exec(compile(edited, "FFN.py", "exec"), ffn := {"__name__": "FFN"})
+        ours, gelu = ffn["FeedForward"](48, dropout=0.0), space["GELU"](48, dropout=0.0)
+        gelu.load_state_dict(ours.state_dict())
+        x = 3 * torch.randn(2, 5, 48)
+        self.assertClose(gelu(x), ours(x), 1e-6)
 
     def check_numbers(self, model, theirs, sizes):
         V, T, _, _, layers = sizes
@@ -3134,64 +3131,21 @@ class TestGPT1(RunCase):
                                   max_new_tokens=new, pad_token_id=0)
         self.assertEqual(model.generate(prompt, new, do_sample=False).tolist(), written.tolist())
 
-    def test_way_in_as_printed(self):
-        library("transformers")
-        self.assertIn(f'NAME = "{self.HUB_NAME}"', self.recipe(0))
-        theirs = self.openai_gpt(97, 80, 48, 3, 2)
-        space, printed = self.run_recipe(0, NAME=self.openai_folder(theirs))
-        first, *text = printed.splitlines()
-        self.assertLess(float(first.removeprefix("largest difference of logits: ")), 2e-5)
-        self.assertTrue("\n".join(text).startswith("the first thing she saw was "), printed)
-        ids = torch.randint(97, (2, 80))
-        with torch.no_grad():
-            self.assertClose(space["model"](ids), theirs(ids).logits, 2e-5)
-
-    def test_line_for_gelu(self):
-        """The page's one-line edit of FFN.py computes the same as the class in the recipe."""
-        library("transformers")
-        (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
-        source = (HERE / "FFN.py").read_text("utf-8")
-        edited, changes = re.subn(r"x = \S*relu\(self\.expand\(x\)\)", line, source)
-        self.assertEqual(changes, 1)
-        space = {"__name__": "FFN"}
-        exec(compile(edited, "FFN.py", "exec"), space)
-        ours = space["FeedForward"](48, dropout=0.0)
-        folder = self.openai_folder(self.openai_gpt(97, 80, 48, 3, 2))
-        gelu = self.run_recipe(0, NAME=folder)[0]["GELU"](48, dropout=0.0)
-        gelu.load_state_dict(ours.state_dict())
-        x = 3 * torch.randn(2, 5, 48)
-        self.assertClose(gelu(x), ours(x), 1e-6)
-
-    def small_run(self):
-        """A small model trained in out/, so that the norms and biases have moved."""
-        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n"
-        self.write("text.txt", text * 60)
+    def test_way_out(self):
+        """What the page writes: the same logits, ids and texts, in pipeline too, and refused
+        before a file is written if transformers can't compute it."""
+        hf = library("transformers")
+        self.write("text.txt", "The quick brown fox jumps over the lazy dog; why, I know\n" * 60)
         self.trained("out", VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
                      WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
-        return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
+        model, bpe = GPT.load("out/model.pt").eval(), BPE.load("out/tokenizer.json")
+        end = bpe.special_tokens["<|endoftext|>"]
+        with (mock.patch.object(FeedForward, "forward", lambda self, x: self.contract(
+                F.gelu(self.expand(x)))), self.assertSays(ValueError, "differ by", "1e-3", "undo")):
+            self.run_recipe(1)
+        self.assertFalse(Path("out/huggingface").exists())
 
-    def check_opened(self, model):
-        """What transformers opens computes what our model does; returns it."""
-        hf = library("transformers")
-        opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
-        ids = torch.randint(model.sizes["vocab_size"], (3, model.sizes["max_seq_len"]))
-        with torch.no_grad():
-            ours, theirs = model.eval()(ids), opened(ids).logits
-        self.assertClose(theirs.log_softmax(-1), ours.log_softmax(-1), 1e-4)
-        self.assertClose(theirs, ours, 1e-4)
-        return opened
-
-    def test_way_out_as_printed(self):
-        hf = library("transformers")
-        model, bpe = self.small_run()
-        norm, bias = model.decoders[-1].norm2, model.linear.bias
-        for moved in (norm.weight - 1, norm.bias, bias):
-            self.assertGreater(moved.abs().max().item(), 0.01)
-        _, printed = self.run_recipe(1)
-        self.assertIn("The ", printed.splitlines()[1])
-        opened = self.check_opened(model)
-        files = [file.name for file in Path("out/huggingface").glob("*.safetensors")]
-        self.assertEqual(files, ["model.safetensors"])
+        self.assertIn("The", self.run_recipe(1)[1].splitlines()[1])
         tokenizer = hf.AutoTokenizer.from_pretrained("out/huggingface")
         self.assertEqual(len(tokenizer), len(bpe))
         rng = random.Random(5)
@@ -3200,64 +3154,53 @@ class TestGPT1(RunCase):
             ids = bpe.encode(text, allow_special=True)
             self.assertEqual(tokenizer(text).input_ids, ids, repr(text))
             self.assertEqual(tokenizer.decode(ids), bpe.decode(ids), repr(text))
-        prompt, new = "The quick", 12
+        settings = json.loads(Path("out/huggingface/tokenizer_config.json").read_text("utf-8"))
+        self.assertEqual(settings["tokenizer_class"], "PreTrainedTokenizerFast")  # 4 and 5 know it
+        self.assertIs(settings["clean_up_tokenization_spaces"], False)  # JavaScript's is True
+
         write = hf.pipeline("text-generation", "out/huggingface")
-        written = write(prompt, do_sample=False, max_new_tokens=new)[0]["generated_text"]
-        end = bpe.special_tokens["<|endoftext|>"]
-        ids = torch.tensor([bpe.encode(prompt)])
-        ours = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
-        self.assertEqual(opened.config.eos_token_id, end)
-        self.assertEqual(written, bpe.decode(ours))
-        # not only of what training makes: beta of zeros, of a sum of 0, large biases
-        for beta in (torch.zeros(32), torch.tensor([1.0, -1.0] * 16) * norm.weight.detach()):
-            with torch.no_grad():
-                norm.bias.copy_(beta)
-                bias.copy_(torch.randn(len(bias)) * 3)
+
+        def ours(prompt, new):
+            ids = torch.tensor([bpe.encode(prompt)])
+            new = new or 24 - ids.shape[1]
+            written = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
+            return bpe.decode([token for token in written if token != end])
+
+        self.assertEqual(write("The q", do_sample=False)[0]["generated_text"], ours("The q", None))
+        prompts = ["T", "w", "o"]  # of one token each
+        written = write(prompts, do_sample=False, max_new_tokens=12, batch_size=2)
+        self.assertEqual([[{"generated_text": ours(prompt, 12)}] for prompt in prompts], written)
+
+        norm, bias = model.decoders[-1].norm2, model.linear.bias  # what the page moves into W
+        with torch.no_grad():
+            norm.weight[3:5] = 0
+            norm.bias.normal_()
+            bias.normal_(std=3)
             model.save("out/model.pt")
             self.run_recipe(1)
-            self.check_opened(model)
-
-    def test_way_out_refuses_what_it_cannot_keep(self):
-        """A zero in gamma, or a model that isn't GPT-1: reported before a file is written."""
-        library("transformers")
-        model, _ = self.small_run()
-
-        def gelu(self, x):
-            return self.dropout(self.contract(F.gelu(self.expand(x))))
-
-        with (mock.patch.object(FeedForward, "forward", gelu),
-              self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo")):
-            self.run_recipe(1)
-        with torch.no_grad():
-            model.decoders[-1].norm2.weight[3] = 0
-        model.save("out/model.pt")
-        with self.assertSays(ValueError, "log-probabilities differ by"):
-            self.run_recipe(1)
-        self.assertFalse(Path("out/huggingface").exists())
+            opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
+            self.assertEqual(opened.config.eos_token_id, end)
+            ids = torch.randint(len(bpe), (3, 24))
+            self.assertClose(opened(ids).logits, model(ids), 1e-4)
 
     def test_both_pages_have_the_same_code(self):
         """Except for the comments, which are in the page's language."""
-        pages = [(HERE / page).read_text("utf-8") for page in self.PAGES]
-        blocks = [re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S) for page in pages]
-        self.assertEqual(*([name for name, _ in some] for some in blocks))
-        code, comments = [], []
-        for some in blocks:
-            tokens = [list(tokenize.generate_tokens(io.StringIO(block).readline))
-                      for name, block in some if name == "python"]
-            self.assertEqual(len(tokens), 2)
-            tokens = [(token.type, token.string) for block in tokens for token in block]
-            comments.append([string for kind, string in tokens if kind == tokenize.COMMENT])
-            no_code = (tokenize.COMMENT, tokenize.NL)
-            code.append([string for kind, string in tokens if kind not in no_code])
-        self.assertEqual(*code)
-        for comment in comments[1]:
-            self.assertRegex(comment, "[а-я]")
-        for page, text in zip(self.PAGES, pages, strict=True):
-            for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-                if "://" not in link:
-                    self.assertTrue((HERE / "assets" / link).exists(), f"{page}: {link}")
-            for line in text.splitlines():
-                self.assertLessEqual(len(line), 120, f"{page}: {line}")
+        def parts(page, comments):
+            tokens = (token for block in self.blocks(page)
+                      for token in tokenize.generate_tokens(io.StringIO(block).readline))
+            return [token.string for token in tokens if token.type != tokenize.NL
+                    and (token.type == tokenize.COMMENT) == comments]
+
+        english, russian = self.PAGES
+        self.assertEqual(len(self.blocks(english)), 2)
+        self.assertEqual(parts(english, False), parts(russian, False))
+        for comment in parts(russian, True):
+            self.assertRegex(comment, "[а-я]|Conv1D|T\\)")
+        for page in self.PAGES:
+            text = (HERE / page).read_text("utf-8")
+            for link in re.findall(r"\]\(([^):#]+)\)", text):
+                self.assertTrue((HERE / "assets" / link).exists(), f"{page}: {link}")
+            self.assertLessEqual(max(map(len, text.splitlines())), 120, page)
 
 
 class TestReadme(Case):
