@@ -23,6 +23,7 @@ Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no t
 """
 import codecs
 import contextlib
+import gc
 import heapq
 import json
 import multiprocessing
@@ -305,7 +306,7 @@ CLASS = r"\\[pP]\{\w+\}|\\[sS]"
 CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
 ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
                   r"|\(\?i:(?P<any>(?:['|a-zA-Z]|\[[a-zA-Z]+\])+)\)|(?P<group>\((?!\?))|\(\?[:=!>]"
-                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:,\d*)?\}}\??(?!\+)|(?![(^${{}}]){CHARACTER}")
+                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:,\d*)?\}}\??(?!\+)|(?![(^${{}}])(?:{CHARACTER})")
 
 
 def translate(item: re.Match) -> str:
@@ -609,16 +610,18 @@ class BPE:
         Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
         is left out, as encode adds none. What is broken or can't be done exactly is a ValueError
         that names it."""
+        collecting = gc.isenabled()
+        gc.disable()                                     # a fifth less time: nothing here is a ring
         try:
             with open(path, encoding="utf-8") as file:
                 return cls._read(json.load(file))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            why = f"not a complete tokenizer.json ({error}): save it again"
-        except (KeyError, TypeError, AttributeError) as error:
-            why = f"not a BPE tokenizer.json ({error!r})"
-        except ValueError as error:
-            why = str(error)
-        raise ValueError(f"{os.fspath(path)}: {why}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = str(error) if type(error) is ValueError else (
+                f"not a complete BPE tokenizer.json ({type(error).__name__}: {error})")
+            raise ValueError(f"{os.fspath(path)}: {why}") from None
+        finally:
+            if collecting:
+                gc.enable()
 
     @classmethod
     def _read(cls, data: dict) -> "BPE":
@@ -644,17 +647,17 @@ class BPE:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"merge {len(merges)} is {entry!r}: it must be two tokens that make a "
                              "third, all of them in the vocabulary") from None
-        if len(set(merges)) < len(merges):
-            raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
         for name, i in vocab.items():
             try:
-                token_bytes[i] = bytes([BYTE_OF[letter] for letter in name])
+                token_bytes[i] = bytes(map(BYTE_OF.__getitem__, name))
             except KeyError:                             # not made of BYTE_LETTERS
                 token_bytes[i] = name.encode()
-        whole = {n: vocab[n] for n in vocab.keys() - special} if model.get("ignore_merges") else {}
+        whole = {n: i for n, i in vocab.items() if n not in special and model.get("ignore_merges")}
         bpe = cls(256 + len(special), pattern, special)
         bpe._split = Splitter(pattern, normal)
         bpe._set(merges, made, special, [vocab[c] for c in BYTE_LETTERS], token_bytes, whole)
+        if len(bpe._merges.rank_of) < len(merges):
+            raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
         bpe.vocab_size = len(bpe)
         return bpe
 
@@ -679,7 +682,7 @@ CAN_BE_READ = ("byte-level BPE: ByteLevel alone (add_prefix_space false, use_reg
 
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
-    """The split pattern and the normal form of a tokenizer.json; names what can't be done exactly."""
+    """The split pattern and normal form of a tokenizer.json; names what can't be done exactly."""
     level, pattern, wrong = {"type": "ByteLevel"}, None, []
     match data.get("pre_tokenizer") or {"type": None}:
         case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
@@ -788,7 +791,7 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
     """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
     many, worker processes do it. What none of them answers is done here: there are none, one was
     killed, or work raises an error."""
-    batches, waiting = iter(batches), deque()            # waiting: batches and their futures
+    batches, waiting, pool = iter(batches), deque(), None        # waiting: batches, their futures
     first = list(islice(batches, WORKERS_FROM))
     if len(first) < WORKERS_FROM:
         yield from map(work, first)
@@ -800,8 +803,12 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
         return work(batch)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, MAX_WORKERS)
-    pool = _pool(work, workers) if workers > 1 else None
+    workers, here = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
+    if workers > 1 and not here and not getattr(sys, "frozen", False):      # not in a worker
+        with contextlib.suppress(ImportError, NotImplementedError, OSError):     # no semaphores
+            from concurrent.futures import ProcessPoolExecutor
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
     try:
         for batch in _progress(chain(first, batches), title):
             waiting.append((batch, _submit(pool, batch)))
@@ -811,17 +818,6 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
-
-def _pool(work: Callable[[list], object], workers: int):
-    """Processes that start when they are needed, each with its own copy of the tokenizer; None in a
-    process that is a worker itself, in a frozen program, and on a system without semaphores."""
-    if not multiprocessing.parent_process() and not getattr(sys, "frozen", False):
-        with contextlib.suppress(ImportError, NotImplementedError, OSError):
-            from concurrent.futures import ProcessPoolExecutor
-            spawn = multiprocessing.get_context("spawn")
-            return ProcessPoolExecutor(workers, spawn, _begin, (work,))
-    return None
 
 
 def _submit(pool, batch: list):
@@ -834,16 +830,13 @@ def _submit(pool, batch: list):
             return pool.submit(_do, batch)
         finally:
             sys.modules["__main__"] = main
-    return None
 
 
 def _begin(work: Callable[[list], object]) -> None:
     """The start of a worker. Ctrl-C is the caller's business, and the caller's end is its own."""
-    _do.work = work
+    _do.work, caller = work, multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end = threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1))
-    end.daemon = True
-    end.start()
+    threading.Thread(target=lambda: caller.join() or os._exit(1), daemon=True).start()
 
 
 def _do(batch: list) -> object:
