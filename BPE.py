@@ -114,7 +114,6 @@ class Words:
         self.id = np.array([*byte_ids][:255] + [BORDER])[np.frombuffer(raw, np.uint8)]       # (N,)
         places = np.arange(len(raw))
         self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
-        self.word = np.cumsum(self.id == BORDER) - 1     # (N,), which word each place belongs to
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places, each as one number, left << 32 | right; negative
@@ -161,7 +160,8 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     its two ids is made, at all its places: they are noted then, and later merges only take places
     away. Hence a count on the heap is never too low, and a pair that leaves the heap with all its
     places is the most frequent one; any other is counted again and put back."""
-    weight = np.array([*counts, 0])[words.word]          # (N,), how often each place's word occurs
+    # (N,), how often the word at each place occurs: the borders up to a place count the words
+    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
@@ -199,9 +199,9 @@ class Merges:
 
     One by one would be slow. But merges that use nothing another one of them makes can be made
     together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If
-    a is the lowest rank in a word, all that its band will merge there is there already.
-    In a foreign file a merge may make what one of a lower rank uses. It is lonely, a band of its
-    own: a word's leftmost pair is merged, then the ranks are looked at again."""
+    a is the lowest rank in any word, all that its band will merge is there already. (A foreign file
+    may list a merge before the one that makes what it uses: then limit is None, and each word is
+    merged alone.)"""
 
     def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = [*made], byte_ids, len(merges)
@@ -210,13 +210,9 @@ class Merges:
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        # Which rank is the first to use what each one makes; none makes nothing and has no band.
-        used = np.array([*(first_use.get(i, self.none) for i in self.made), self.none + 1])
-        ranks = np.arange(self.none + 1)
-        self.lonely = used <= ranks
-        limit = np.minimum.accumulate(np.maximum(used, ranks)[::-1])[::-1]
-        self.limit = np.append(np.maximum(limit, ranks + 1)[:-1], 0)
-        self.any_lonely = self.lonely.any()
+        used = np.array([first_use.get(i, self.none) for i in self.made], np.int32)
+        in_order = (used > np.arange(self.none)).all()   # used: who first uses what each makes
+        self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
 
     def look_up(self, pair: np.ndarray) -> np.ndarray:
         """Pairs -> the ranks of their merges, or none."""
@@ -225,16 +221,11 @@ class Merges:
 
     def apply(self, words: Words) -> None:
         """textbook_encode for all words: makes all merges, as if one by one."""
-        made, borders = np.array(self.made), np.flatnonzero(words.id == BORDER)
+        made = np.array(self.made)
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
         while (lowest := rank.min()) < self.none:
-            if self.any_lonely:                          # then each word has its own band
-                lowest = np.minimum.reduceat(rank, borders)[words.word]
             places = np.flatnonzero(rank < self.limit[lowest])
-            if self.any_lonely:
-                leftmost = np.isin(np.arange(len(places)), first_of_equals(words.word[places]))
-                places = places[leftmost | ~self.lonely[rank[places]]]
             here, after = rank[places], rank[words.next[places]]
             before = rank[words.previous[places]]
             # Of two pairs that overlap, the one of the lower rank goes first. Of a run of the same
@@ -247,8 +238,7 @@ class Merges:
             rank[changed] = self.look_up(words.pairs(changed))
 
     def apply_to_one(self, word: str) -> list[int]:
-        """The ids of one word, by a heap of (rank, place): quicker for a few words, and for lonely
-        merges in a long one."""
+        """The ids of one word, by a heap of (rank, place): quicker for a few words."""
         ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
         following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
         heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
@@ -473,14 +463,12 @@ class BPE:
                 words.append(piece)
                 known[piece] = array(kind, [piece]).tobytes()
         if new := set(words).difference(known):
-            few = sum(map(len, new)) < FEW
-            many = [w for w in new if not few and (len(w) < FEW or not merges.any_lonely)]
-            one = new.difference(many)
-            found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in one}
-            if many:
-                merging = Words(many, self._byte_ids)
+            if merges.limit is None or sum(map(len, new)) < FEW:
+                found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in new}
+            else:
+                merging = Words(new, self._byte_ids)
                 merges.apply(merging)
-                found |= zip(many, merging.results(self._dtype), strict=True)
+                found = dict(zip(new, merging.results(self._dtype), strict=True))
             if self._whole:
                 ids = {word: self._whole.get(_letters(word.encode())) for word in new}
                 found |= {w: array(kind, [i]).tobytes() for w, i in ids.items() if i is not None}

@@ -36,7 +36,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 import tokenize
 import tracemalloc
 import unicodedata
