@@ -215,9 +215,9 @@ class TestBadInput(Case):
             (gpt, (torch.tensor([1, 2, 3]),), ("(3,)", "(B, T)")),
             *((model.generate, (x, 1, True), ("prompt",))
               for x in (ids[0], ids[:, :0], ids[:0], ids.float(), [[1, 2]])),
-            *((model.generate, (torch.tensor([[1, x]]), 1, True), (f"id {x}", "0 to 39"))
-              for x in (40, -1)),
-            (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),  # at the call, not the first token
+            *((model.stream, (torch.tensor([[1, x]]), 1, True), (f"id {x}", "0 to 39"))
+              for x in (40, -1)),  # at the call, not at the first token
+            (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),
             (fit, (iter(batches),), ("max_steps",)),  # without a length
             (lambda: fit(iter(batches), max_steps=7), (), ("train_loader", "only once")),
             (fit, ([],), ("train_loader",)),
