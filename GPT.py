@@ -16,7 +16,6 @@ Letters, the same in every file: B batch, T tokens in a sequence, E emb_size, H 
 D head_size, V vocab_size.
 """
 
-import functools
 import hashlib
 import math
 import os
@@ -25,6 +24,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from io import BytesIO
 from itertools import count
 from numbers import Integral, Real
@@ -356,12 +356,29 @@ class GPT(nn.Module):
         load_weights(path, saved, model)
         model.notes = saved["notes"]
         model.to(device=device, dtype=DTYPES[dtype]).eval()
-        if model.device.type == "cpu" and dtype == "fp32":
+        if model.device.type == "cpu" and torch.backends.mkl.is_available():  # an x86 processor
             for layer in filter(lambda module: type(module) is nn.Linear, model.modules()):
-                # The same matrix, column by column in memory: for one token at a time, at
-                # GPT-1's size, 1.2 times as fast.
+                # The same matrix, column by column in memory, as one_row reads it.
                 layer.weight.data = layer.weight.data.t().contiguous().t()
+                if layer.weight.numel() >= 1 << 18:  # for fewer the call costs too much
+                    layer.forward = partial(one_row, layer)
         return model
+
+
+def one_row(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What the layer computes, (…, K) -> (…, N); at GPT-1's size twice as fast for a single row.
+
+    x·Wᵀ is the sum of the rows of Wᵀ, each weighted by a number of x: a bag of embeddings. torch
+    sums bags on all cores, as fast as they read memory; its matrix products of one row don't. Each
+    of 8 bags sums a piece of K. Equal except for rounding; all but plain layers go their own way.
+    """
+    W, b = layer.weight, layer.bias  # (N, K), (N,)
+    if (type(layer) is not nn.Linear or x.numel() != W.shape[1] or x.dtype != W.dtype or b is None
+            or W.stride(0) != 1 or not W.is_cpu or torch.is_grad_enabled()):
+        return type(layer).forward(layer, x)
+    bags = torch.arange(x.numel()).view(math.gcd(x.numel(), 8), -1)  # the indices of (8, K/8)
+    parts = F.embedding_bag(bags, W.t(), mode="sum", per_sample_weights=x.reshape(bags.shape))
+    return (parts.sum(0) + b).view(*x.shape[:-1], -1)  # (8, N) -> (…, N)
 
 
 # ---------------------------------------------------------------------- sampling: logits -> ids
@@ -624,7 +641,7 @@ def code_of(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(sorted(map(source, filter(None, files))))).hexdigest()
 
 
-@functools.cache  # the code that runs, even if its file is edited meanwhile
+@cache  # the code that runs, even if its file is edited meanwhile
 def source(file: str) -> bytes:
     return Path(file).read_bytes() if Path(file).is_file() else b""
 

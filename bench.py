@@ -1,14 +1,14 @@
 """bench.py: how fast, how small and how good it is, compared with others on the same machine.
 
-Set the constants, then: python bench.py. It prints a table for each part and writes all numbers,
-with a description of the machine, to assets/bench.json, which the pages take their numbers from.
+Set the constants, then: python bench.py, or only some parts: python bench.py generation beside.
+It prints a table for each part and writes all numbers, with a description of the machine, to
+assets/bench.json, which the pages take their numbers from.
 
 Every installed peer (pip install tokenizers tiktoken rustbpe transformers ctranslate2) adds a row,
 measured in turn with ours: A B A B, one unmeasured round, then the median of the others. Seconds
-depend on the machine and its load; look at the ratios within one table. While other programs keep
-the cores busy, the environment variable OMP_WAIT_POLICY=PASSIVE helps a lot.
+depend on the machine and its load; look at the ratios within one table.
 
-Needs: torch, numpy, tqdm, and the scripts beside it. On two cores all parts take about 25 minutes.
+Needs: torch, numpy, tqdm, and the scripts beside it. On two cores all take half an hour.
 """
 
 import contextlib
@@ -17,11 +17,8 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
-import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +26,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from csv import DictReader
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import train
 from BPE import BPE, GPT2_PATTERN
@@ -44,54 +41,54 @@ from GPT import GPT, pick_dtype
 
 # ------------------------------------------------------------------------------------------------
 TEXT_FILE = None       # for the speedrun: tinyshakespeare.txt; None: it is left out
-RUSSIAN_FILE = None    # some megabytes of Russian (UTF-8), for the tokenizer; None: it is left out
-NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT; None: it is left out
-PARTS = ["tokenizer", "training", "generation", "memory", "scale",
-         "speedrun"]  # remove what you don't want
+RUSSIAN_FILE = None    # some megabytes of Russian, for the tokenizer; None: it is left out
+NANOGPT_DIR = None     # a clone of github.com/karpathy/nanoGPT, its data/shakespeare_char prepared;
+                       # None: it is left out
+OLD_DIR = None         # another version of these scripts, for `beside` (git worktree add ../old
+                       # COMMIT); None: it is left out
+PARTS = ["tokenizer", "training", "generation", "beside", "default_run", "speedrun", "memory",
+         "scale"]      # remove what you don't want
 ROUNDS = 3             # measured rounds; the median counts
 OUT_FILE = "assets/bench.json"
 
-TOKENIZER_SHAPES = [(1, 1024), (100, 8192), (100, 32768)]  # megabytes at most, V
-RUSSIAN_V = 16384
+TOKENIZER_SHAPES = [(1, 1024), (100, 8192), (100, 32768)]  # megabytes at most, V; Russian: 16384
 # V, T, B, E, H, layers; D = E / H
 TRAINING_SHAPES = [(1024, 64, 32, 128, 4, 4), (65, 64, 12, 128, 4, 4), (4096, 256, 8, 384, 6, 6)]
 # V, T, E, H, layers, tokens to generate at batch 1
 GENERATION_SHAPES = {"small": (1024, 256, 128, 4, 4, 200),
                      "GPT-1 size": (40478, 512, 768, 12, 12, 32)}
+# V, T, B, E, H, layers, steps: train.py's constants, and a larger model
+BESIDE_SHAPES = [(train.VOCAB_SIZE, train.MAX_SEQ_LEN, train.BATCH_SIZE, train.EMB_SIZE,
+                  train.NUM_HEADS, train.NUM_LAYERS, 40), (2048, 256, 8, 384, 6, 6, 4)]
+BUSY = [0, 2, 4]       # Python loops that never rest
 
 # The speedrun: train on the first 90 % of TEXT_FILE, validate on all of the rest. The aims are nats
 # per byte: 1.886 is where nanoGPT's CPU recipe ends, 1.4697 what nanoGPT publishes for an A100.
 # Short windows learn faster in the first seconds, longer ones win in the end.
-SPEEDRUNS = {
-    "nanoGPT's result": {"aim": 1.886, "steps": 170, "rate": 6e-3, "warmup": 40, "V": 1024, "T": 32,
-                         "B": 16, "E": 96, "H": 3, "layers": 2, "dropout": 0.0, "decay": 0.1,
-                         "validations": 1},
-    "nanoGPT's time": {"aim": 1.60, "steps": 1600, "rate": 3e-3, "warmup": 200, "V": 1024, "T": 64,
-                       "B": 16, "E": 128, "H": 4, "layers": 4, "dropout": 0.0, "decay": 0.1,
-                       "validations": 4},
+SPEEDRUNS = {  # name: aim, steps (or seconds), rate, warmup, validations; V, T, B, E, H, layers,
+    #              dropout, decay
+    "nanoGPT's result": (1.886, 170, 6e-3, 40, 1, 1024, 32, 16, 96, 3, 2, 0.0, 0.1),
+    "nanoGPT's time": (1.60, 1600, 3e-3, 200, 4, 1024, 64, 16, 128, 4, 4, 0.0, 0.1),
     # It reads the text a dozen times. Without dropout, which takes a sixth of the time, it ended at
     # 1.473 with decay 0.6 and at 1.481 with 0.5.
-    "five minutes": {"aim": 1.4697, "seconds": 300, "rate": 3e-3, "warmup": 200, "V": 1024, "T": 64,
-                     "B": 16, "E": 160, "H": 5, "layers": 4, "dropout": 0.1, "decay": 0.4,
-                     "validations": 3},
+    "five minutes": (1.4697, "300", 3e-3, 200, 3, 1024, 64, 16, 160, 5, 4, 0.1, 0.4),
 }
-NANOGPT_OPTIONS = """--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64
-    --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000
-    --dropout=0.0"""   # of its README, for a CPU
+NANOGPT_OPTIONS = """config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
+    --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128
+    --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"""  # of its README, for a CPU
 # ------------------------------------------------------------------------------------------------
 
+# Of all processes; train.py sets this variable before it imports torch.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+HERE = Path(__file__).resolve().parent
 PEERS = ("tokenizers", "tiktoken", "rustbpe", "transformers", "ctranslate2")
-RESULTS: dict = {}
+NATIVE_BF16 = pick_dtype(torch.device("cpu")) == "bf16"
 
 
 def main() -> None:
-    RESULTS["machine"] = machine()
-    for part in PARTS:
-        PART_FUNCTIONS[part]()
-    out = Path(OUT_FILE)
-    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}  # other parts stay
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(before | RESULTS, indent=1) + "\n", encoding="utf-8")
+    show("machine", "Machine", [{"what": key, "value": value} for key, value in machine().items()])
+    for part in sys.argv[1:] or PARTS:
+        globals()[part]()
     print(f"\nall numbers: {OUT_FILE}")
 
 
@@ -103,62 +100,99 @@ def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
-    native, big = pick_dtype(torch.device("cpu")) == "bf16", torch.ones(1 << 15, 1 << 11)
-    matrices = {"fp32": torch.randn(1024, 1024)}
-    if native:
-        matrices["bf16"] = matrices["fp32"].bfloat16()
-    seconds = in_turn({name: partial(torch.mm, a, a) for name, a in matrices.items()}, 50, min)
-    read = big.nbytes / 1e9 / in_turn({"": partial(torch.mv, big, big[0])}, 20, min)[""]
-    about = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-             "os": platform.system(), "python": platform.python_version(),
-             "torch": torch.__version__,
-             "native_bf16": native,
-             **{name: version(name) for name in PEERS if importlib.util.find_spec(name)},
-             **{f"matmul_gflops_{name}": rounded(2 * 1024**3 / 1e9 / s)
-                for name, s in seconds.items()},
-             "read_gb_per_second": rounded(read)}
-    show("Machine", [{"what": key, "value": value} for key, value in about.items()])
-    return about
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "os": platform.system(), "python": platform.python_version(),
+            "torch": torch.__version__, "native_bf16": NATIVE_BF16,
+            **{name: version(name) for name in PEERS if importlib.util.find_spec(name)}}
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 0,
-            summary: Callable[[list[float]], float] = statistics.median,
-            pause: float = 0.0) -> dict[str, float]:
-    """Seconds each function takes: median over rounds of A B A B, after one unmeasured round.
-    pause: seconds before each call, as idle threads of another process spin for a while."""
+def in_turn(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds each function takes: median over rounds of A B A B, after one unmeasured round."""
     seconds = {name: [] for name in functions}
-    for n in range(1 + (rounds or ROUNDS)):
+    for n in range(1 + ROUNDS):
         for name, function in functions.items():
-            time.sleep(pause)
+            time.sleep(0.3)  # idle threads of another process may spin for a while
             start = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 function()
             if n:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: summary(measured) for name, measured in seconds.items()}
+    return {name: statistics.median(measured) for name, measured in seconds.items()}
 
 
-def rounded(x: float) -> float:
-    """Three digits: 12345.6 -> 12300, 0.012345 -> 0.0123."""
+@contextlib.contextmanager
+def own_process(setup: str, folder: Path = HERE, **variables: str) -> Iterator[Callable]:
+    """A Python process of its own, as the thread pools of different libraries interfere. setup is
+    code that defines work(). Yields a function that calls work over there, with whole numbers:
+    -> (its result, seconds, MB at most of the process, of its largest child); MB on Linux only."""
+    code = f"""{setup}
+import json, re, sys, time
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    start = time.perf_counter()
+    result = [work(*json.loads(line)), time.perf_counter() - start, 0, 0]
+    try:
+        import resource
+        status = open("/proc/self/status").read()
+        result[2] = int(re.search(r"VmHWM:\\s*(\\d+)", status).group(1)) / 1e3
+        result[3] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    except (ImportError, OSError):
+        pass
+    print(json.dumps(result), file=answers, flush=True)"""
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT | variables, text=True,
+            bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
+
+        def call(*numbers: int) -> list:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(numbers), file=process.stdin)
+            if not (answer := process.stdout.readline()):
+                errors.seek(0)
+                raise RuntimeError(f"{setup}\nfailed:\n{errors.read()[-2000:]}")
+            return json.loads(answer)
+
+        try:
+            yield call
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # and it ends
+
+
+def costs(setup: str, rounds: int = 1) -> list[float]:
+    """Of work() in new processes: seconds, MB, MB of its largest child, medians."""
+    measured = []
+    for _ in range(rounds):
+        with own_process(setup) as call:
+            measured.append(call()[1:])
+    return [statistics.median(one) for one in zip(*measured, strict=True)]
+
+
+def rounded(x: object) -> object:
+    """Floats to three digits: 12345.6 -> 12300, 0.012345 -> 0.0123."""
+    if not isinstance(x, float):
+        return x
     x = float(f"{x:.3g}")
     return int(x) if x == int(x) and abs(x) >= 100 else x
 
 
-def show(title: str, rows: list[dict]) -> list[dict]:
-    """Print a table and return its rows, rounded, for the file."""
-    rows = [{key: rounded(value) if isinstance(value, float) else value
-             for key, value in row.items()} for row in rows]
+def show(name: str, title: str, rows: list[dict]) -> None:
+    """Print a table and put its rows, rounded, into OUT_FILE, where other parts stay."""
+    rows = [{key: rounded(value) for key, value in row.items()} for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[str(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     print(f"\n{title}")
     for line in [columns, *cells]:
         print("  ".join(map(str.ljust, line, widths)).rstrip(), flush=True)
-    return rows
+    out = HERE / OUT_FILE
+    out.parent.mkdir(exist_ok=True)
+    known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    known[name] = {row["what"]: row["value"] for row in rows} if name == "machine" else rows
+    out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def compared(labels: dict, seconds: dict[str, float], unit: str, amount: float) -> list[dict]:
-    """A row for each run: its speed, and for ours how many times as fast as each peer it is."""
+    """A row for each run: its speed, and for ours how many times as fast as each other it is."""
     rows = []
     for name, s in seconds.items():
         rows.append(labels | {"run": name, unit: amount / s, "seconds": s})
@@ -170,61 +204,9 @@ def compared(labels: dict, seconds: dict[str, float], unit: str, amount: float) 
 
 def peer(name: str) -> object | None:
     """The module, or None with a message."""
-    if name == "nanoGPT":
-        if NANOGPT_DIR is None:
-            print("nanoGPT: left out, NANOGPT_DIR is None")
-            return None
-        spec = importlib.util.spec_from_file_location("nanogpt", Path(NANOGPT_DIR, "model.py"))
-        module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    try:
+    with contextlib.suppress(ImportError):
         return importlib.import_module(name)
-    except ImportError:
-        print(f"{name}: not installed")
-        return None
-
-
-def in_child(code: str) -> list[str]:
-    """The lines that code prints in a new process; its start counts, too."""
-    process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False,
-                             capture_output=True, text=True)
-    if process.returncode:
-        raise RuntimeError(f"{code}\nfailed:\n{process.stderr[-2000:]}")
-    return process.stdout.splitlines()
-
-
-@contextlib.contextmanager
-def own_process(make: str, *arguments: object) -> Iterator[Callable[..., None]]:
-    """A process for one model alone: the thread pools of different libraries interfere, and only
-    ours keeps its memory. It calls the function `make` of this file, which makes a function of
-    whole numbers. Yields one that calls that function over there."""
-    code = f"import bench; bench.NANOGPT_DIR = {NANOGPT_DIR!r}; bench.serve({make!r}, *{arguments})"
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
-
-        def call(*numbers: int) -> None:
-            with contextlib.suppress(BrokenPipeError):
-                print(*numbers, file=process.stdin)
-            if not process.stdout.readline():
-                errors.seek(0)
-                raise RuntimeError(f"{arguments[0]} failed:\n{errors.read()[-2000:]}")
-
-        try:
-            yield call
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()  # and it ends
-
-
-def serve(make: str, *arguments: object) -> None:
-    """The other end of own_process: a line of numbers in, a line out when the call is done."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    function = globals()[make](*arguments)
-    for line in sys.stdin:
-        function(*map(int, line.split()))
-        print("done", file=answers, flush=True)
+    print(f"{name}: not installed")
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -233,78 +215,55 @@ def serve(make: str, *arguments: object) -> None:
 def tokenizer() -> None:
     """Train and encode, compared with Rust libraries, on the source of Python's standard library
     and on Russian. lines: the length of the code, where it is Python that can be read."""
-    python = standard_library()
-    rows = [row for size, V in TOKENIZER_SHAPES
-            for row in fit_beside("Python", python[: round(size * 1e6)], V)]
-    rows += encode_beside("Python", python, TOKENIZER_SHAPES[-1][1])
-    if RUSSIAN_FILE:
-        rows += fit_beside("Russian", russian(), RUSSIAN_V)
-        rows += encode_beside("Russian", russian(), RUSSIAN_V)
-    lines = len(Path(sys.modules["BPE"].__file__).read_text(encoding="utf-8").splitlines())
-    for row in rows:
-        row["lines"] = lines if row["run"].startswith("ours") else ""
-    RESULTS["tokenizer"] = show("Tokenizer; x: times as fast as", rows)
-
-
-def fit_beside(name: str, text: str, V: int) -> list[dict]:
-    """Rows: training on the text."""
-    rustbpe, tokenizers = map(peer, ("rustbpe", "tokenizers"))
-    runs = {"ours": lambda: BPE(V).fit(text)}
-    if rustbpe:
-        runs["rustbpe"] = lambda: rustbpe.Tokenizer().train_from_iterator([text], V,
-                                                                          pattern=GPT2_PATTERN)
-    if tokenizers:
-        runs["tokenizers (lines)"] = partial(fit_tokenizers, tokenizers, text, V)
-    megabytes = len(text.encode()) / 1e6
-    labels = {"task": "fit", "text": name, "megabytes": megabytes, "V": V}
-    return compared(labels, in_turn(runs), "mb_per_second", megabytes)
-
-
-def encode_beside(name: str, text: str, V: int) -> list[dict]:
-    """Rows: encoding the text with a tokenizer trained on it."""
     rustbpe, tokenizers, tiktoken = map(peer, ("rustbpe", "tokenizers", "tiktoken"))
-    bpe, megabytes = BPE(V).fit(text), len(text.encode()) / 1e6
-    with tempfile.TemporaryDirectory() as folder:
-        file, source = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
-        bpe.save(file)
-        source.write_bytes(text.encode())
-        # They have seen no words yet; in_turn calls each of the two runs 1 + ROUNDS times.
-        cold = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
-        runs = {"ours, freshly loaded": lambda: cold.pop().encode(text),
-                "ours encode_file, freshly loaded":
-                    lambda: cold.pop().encode_file(source, f"{folder}/ids.npy"),
-                "ours, after fit": lambda: bpe.encode(text)}
-        if tiktoken:
-            ranks = {bpe.decode_bytes([i]): i for i in range(len(bpe))}
-            theirs = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                       special_tokens={})
-            print("same ids as tiktoken:", theirs.encode_ordinary(text) == bpe.encode(text))
-            runs["tiktoken"] = lambda: theirs.encode_ordinary(text)
-            pieces = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
-            runs["tiktoken, all cores"] = lambda: theirs.encode_ordinary_batch(
-                pieces, num_threads=os.cpu_count())
+    python, rows = standard_library(), []
+    texts = [("Python", python[: round(size * 1e6)], V) for size, V in TOKENIZER_SHAPES]
+    if RUSSIAN_FILE:
+        texts.append(("Russian", Path(RUSSIAN_FILE).read_text(encoding="utf-8"), 16384))
+    for name, text, V in texts:
+        lines, megabytes = text.splitlines(keepends=True), len(text.encode()) / 1e6
+        labels = {"text": name, "megabytes": megabytes, "V": V}
+        bpe, runs = BPE(V), {"ours": lambda text=text, V=V: BPE(V).fit(text)}
         if rustbpe:
             rust = rustbpe.Tokenizer()
-            rust.train_from_iterator([text], V, pattern=GPT2_PATTERN)
-            runs["rustbpe"] = lambda: rust.encode(text)
-        if tokenizers:
-            fast = tokenizers.Tokenizer.from_file(str(file))
-            runs["tokenizers (lines)"] = lambda: fast.encode_batch(text.splitlines(keepends=True))
-        labels = {"task": "encode", "text": name, "megabytes": megabytes, "V": V}
-        return compared(labels, in_turn(runs), "mb_per_second", megabytes)
-
-
-def russian() -> str:
-    """RUSSIAN_FILE, and five copies of it with the letters of the alphabet permuted: new words as
-    long and as frequent as the old ones, like those of a larger text."""
-    text = Path(RUSSIAN_FILE).read_bytes().decode()
-    letters = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
-    copies = [text]
-    for seed in range(5):
-        other = "".join(random.Random(seed).sample(letters, len(letters)))
-        copies.append(text.translate(str.maketrans(letters + letters.upper(),
-                                                   other + other.upper())))
-    return "".join(copies)
+            runs["rustbpe"] = partial(rust.train_from_iterator, [text], V, pattern=GPT2_PATTERN)
+        if tokenizers:  # with the same split as ours; it works on lines in parallel
+            trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+            split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            trained.pre_tokenizer = split
+            runs["tokenizers (lines)"] = partial(
+                trained.train_from_iterator, lines, tokenizers.trainers.BpeTrainer(
+                    vocab_size=V, show_progress=False, initial_alphabet=split.alphabet()))
+        rows += compared({"task": "fit"} | labels, in_turn(runs), "mb_per_second", megabytes)
+        if (name, V) not in (("Python", TOKENIZER_SHAPES[-1][1]), ("Russian", 16384)):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file, source = f"{folder}/tokenizer.json", Path(folder, "text.txt")
+            bpe.fit(text).save(file)
+            source.write_bytes(text.encode())
+            # They have seen no words yet; in_turn calls each of the two runs 1 + ROUNDS times.
+            cold = [BPE.load(file) for _ in range(2 * (1 + ROUNDS))]
+            runs = {"ours, freshly loaded": lambda text=text, cold=cold: cold.pop().encode(text),
+                    "ours encode_file, freshly loaded": lambda source=source, cold=cold:
+                        cold.pop().encode_file(source, source.with_suffix(".npy"))}
+            if tiktoken:
+                ranks = {bpe.decode_bytes([i]): i for i in range(len(bpe))}
+                theirs = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                           special_tokens={})
+                runs["tiktoken"] = partial(theirs.encode_ordinary, text)
+                pieces = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
+                runs["tiktoken, all cores"] = partial(theirs.encode_ordinary_batch, pieces,
+                                                      num_threads=os.cpu_count())
+            if rustbpe:
+                runs["rustbpe"] = partial(rust.encode, text)
+            if tokenizers:
+                runs["tokenizers (lines)"] = partial(
+                    tokenizers.Tokenizer.from_file(file).encode_batch, lines)
+            rows += compared({"task": "encode"} | labels, in_turn(runs), "mb_per_second", megabytes)
+    length = len((HERE / "BPE.py").read_text(encoding="utf-8").splitlines())
+    for row in rows:
+        row["lines"] = length if row["run"].startswith("ours") else ""
+    show("tokenizer", "Tokenizer; x: times as fast as", rows)
 
 
 def standard_library() -> str:
@@ -317,109 +276,59 @@ def standard_library() -> str:
     return "".join(texts)
 
 
-def fit_tokenizers(tokenizers, text: str, V: int) -> None:
-    """Hugging Face's trainer, with the same split as ours; it works on lines in parallel."""
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
-        vocab_size=V, show_progress=False, initial_alphabet=split.alphabet()))
-
-
 # ------------------------------------------------------------------ training: tokens a second
 
 
-def nanogpt_model(module, V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return module.GPT(module.GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H,
-                                           n_embd=E, dropout=0.0, bias=False))
-
-
-def transformers_model(module, V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
-    return module.GPT2LMHeadModel(module.GPT2Config(
-        vocab_size=V, n_positions=T, n_embd=E, n_layer=layers, n_head=H, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
-
-
 def training() -> None:
-    """fit, compared with nanoGPT's training loop or the same loop around transformers' GPT-2."""
-    names = ["ours fp32"] + ["ours bf16"] * RESULTS["machine"]["native_bf16"]
-    names += (["nanoGPT fp32"] if peer("nanoGPT") else
-              ["transformers fp32"] * bool(peer("transformers")))
+    """fit, compared with nanoGPT's training loop."""
+    names = ["ours fp32"] + ["ours bf16"] * NATIVE_BF16 + ["nanoGPT fp32"] * bool(NANOGPT_DIR)
     rows = []
-    for V, T, B, E, H, layers in TRAINING_SHAPES:
-        model = GPT(V, T, E, H, E // H, layers)
-        weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
-        flops = (6 * weights + 12 * layers * E * T) * T * B  # a step, forward and backward
-        steps = max(8, round(4e11 / flops))  # fit makes a new optimizer each time: not too few
+    for shape in TRAINING_SHAPES:
+        V, T, B, E, _, layers = shape
+        # Some seconds of work; fit makes a new optimizer each time: not too few steps.
+        steps = max(8, round(4e11 / ((V * E + layers * (12 * E * E + 2 * E * T)) * 6 * T * B)))
         with contextlib.ExitStack() as stack:
             seconds = in_turn({name: partial(stack.enter_context(own_process(
-                "trainer", name, V, T, B, E, H, layers)), steps) for name in names}, pause=0.3)
-        batches = Batches(GetData(random_ids(V), T), B, seed=0)
-        loading = in_turn({"": partial(load, batches, steps)})[""]
-        labels = {"V, T, B, E, H, layers": f"{V}, {T}, {B}, {E}, {H}, {layers}"}
-        for row in compared(labels, seconds, "tokens_per_second", T * B * steps):
-            if row["run"].startswith("ours"):
-                peak = RESULTS["machine"][f"matmul_gflops_{row['run'].split()[1]}"]
-                row |= {"flops_utilisation": flops * steps / row["seconds"] / 1e9 / peak,
-                        "loading_share": loading / row["seconds"]}
-            rows.append(row)
-    RESULTS["training"] = show("Training; x: times as fast as", rows)
+                f"import train, bench\nwork = bench.trainer{name, *shape}")), steps)
+                for name in names})
+        rows += compared({"V, T, B, E, H, layers": str(shape)[1:-1]}, seconds, "tokens_per_second",
+                         T * B * steps)
+    show("training", "Training; x: times as fast as", rows)
 
 
-def random_ids(V: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, V, 200_000, dtype=np.uint16)
-
-
-def trainer(name: str, V: int, T: int, B: int, E: int, H: int,
-            layers: int) -> Callable[[int], object]:
-    """A function that trains for so many steps."""
+def trainer(name: str, V: int, T: int, B: int, E: int, H: int, layers: int) -> Callable:
+    """A function that trains for so many steps, on random ids."""
     library, dtype = name.split()
-    if library == "ours":
-        model = GPT(V, T, E, H, E // H, layers, dropout=0.0)
-        batches = Batches(GetData(random_ids(V), T), B, seed=0)
-        return lambda steps: fit_steps(model, batches, steps, dtype)
-    make = nanogpt_model if library == "nanoGPT" else transformers_model
-    return nanogpt_loop(make(peer(library), V, T, E, H, layers), random_ids(V), T, B)
-
-
-def fit_steps(model: GPT, batches: Batches, steps: int, dtype: str) -> None:
-    """fit for this many steps; clipping, fused AdamW and a validation of one token included."""
+    ids = np.random.default_rng(0).integers(0, V, 200_000, dtype=np.uint16)
+    if library == "nanoGPT":
+        return partial(nanogpt_loop, nanogpt_model(V, T, E, H, layers), ids, T, B)
+    model = GPT(V, T, E, H, E // H, layers, dropout=0.0)
+    batches, one = Batches(GetData(ids, T, stride=T), B, seed=0), torch.zeros(1, 1).long()
     train.keep_memory()
-    valid = [(torch.zeros(1, 1).long(),) * 2]
-    model.fit(batches, valid, 1, 1e-4, max_steps=steps, dtype=dtype)
+    return lambda steps: model.fit(batches, [(one, one)], 1, 1e-4, max_steps=steps, dtype=dtype)
 
 
-def load(batches: Batches, steps: int) -> None:
-    for k in range(steps):
-        batches.batch(k)
+def nanogpt_model(V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
+    sys.path.append(NANOGPT_DIR)
+    import model
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return model.GPT(model.GPTConfig(T, V, layers, H, E, dropout=0.0, bias=False))
 
 
-def nanogpt_loop(model: torch.nn.Module, ids: np.ndarray, T: int,
-                 B: int) -> Callable[[int], None]:
+def nanogpt_loop(model: torch.nn.Module, ids: np.ndarray, T: int, B: int, steps: int) -> None:
     """What nanoGPT's train.py does in a step: its batches, its AdamW, its clipping, one .item()."""
-    if hasattr(model, "configure_optimizers"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1)
-
-    def run(steps: int) -> None:
-        model.train()
-        for _ in range(steps):
-            starts = torch.randint(len(ids) - T, (B,))
-            x, y = (torch.stack([torch.from_numpy(ids[i + n : i + n + T].astype(np.int64))
-                                 for i in starts]) for n in (0, 1))
-            if hasattr(model, "configure_optimizers"):
-                loss = model(x, y)[1]
-            else:
-                loss = F.cross_entropy(model(x, use_cache=False).logits.flatten(0, 1), y.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
-
-    return run
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - T, (B,))
+        x, y = (torch.stack([torch.from_numpy(ids[i + n : i + n + T].astype(np.int64))
+                             for i in starts]) for n in (0, 1))
+        loss = model(x, y)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
 
 
 # ------------------------------------------------------------------ generation: tokens a second
@@ -428,34 +337,26 @@ def nanogpt_loop(model: torch.nn.Module, ids: np.ndarray, T: int,
 def generation() -> None:
     """Batch 1, batch 16 and a prompt of 500 tokens, ours and the peers that are installed."""
     names = ["ours fp32", "ours bf16"]
-    names += ["transformers fp32"] * bool(transformers := peer("transformers"))
-    if peer("ctranslate2") and transformers:
-        names += ["CTranslate2 fp32", "CTranslate2 int8"]
-    names += ["nanoGPT fp32"] * bool(peer("nanoGPT"))
+    if peer("transformers"):
+        names += ["transformers fp32"]
+        names += ["CTranslate2 fp32", "CTranslate2 int8"] * bool(peer("ctranslate2"))
     rows = []
-    for size, (V, T, E, H, layers, new) in GENERATION_SHAPES.items():
+    for size, (*shape, new) in GENERATION_SHAPES.items():
         with contextlib.ExitStack() as stack:
-            writers = {name: stack.enter_context(own_process("writer", name, V, T, E, H, layers))
-                       for name in names}
+            writers = {name: stack.enter_context(own_process(
+                f"import train, bench\nwork = bench.writer{name, *shape}")) for name in names}
             for task, batch, prompt, tokens in (("batch 1", 1, 8, new),
                                                 ("batch 16", 16, 8, new // 2),
                                                 ("prompt of 500", 1, 500, 1)):
-                if prompt + tokens > T:
-                    continue
-                seconds = in_turn({name: partial(write, batch, prompt, tokens)
-                                   for name, write in writers.items()}, pause=0.3)
-                rows += compared({"size": size, "task": task}, seconds, "tokens_per_second",
-                                 batch * tokens)
-        weights = V * E + V + layers * (12 * E * E + 13 * E)  # of the embeddings it reads two rows
-        for dtype, width in (("fp32", 4), ("bf16", 2)):
-            read = RESULTS["machine"]["read_gb_per_second"]
-            rows.append({"size": size, "task": "batch 1", "run": f"bound {dtype} (reading weights)",
-                         "tokens_per_second": read * 1e9 / (weights * width)})
-    RESULTS["generation"] = show("Generation: top-k 50, top-p 0.95; x: times as fast as", rows)
+                if prompt + tokens <= shape[1]:  # T
+                    seconds = in_turn({name: partial(write, batch, prompt, tokens)
+                                       for name, write in writers.items()})
+                    rows += compared({"size": size, "task": task}, seconds, "tokens_per_second",
+                                     batch * tokens)
+    show("generation", "Generation: top-k 50, top-p 0.95; x: times as fast as", rows)
 
 
-def writer(name: str, V: int, T: int, E: int, H: int,
-           layers: int) -> Callable[[int, int, int], object]:
+def writer(name: str, V: int, T: int, E: int, H: int, layers: int) -> Callable:
     """A function (batch, prompt length, new tokens) that generates them."""
     library, dtype = name.split()
     with tempfile.TemporaryDirectory() as folder:
@@ -463,158 +364,101 @@ def writer(name: str, V: int, T: int, E: int, H: int,
             GPT(V, T, E, H, E // H, layers).save(f"{folder}/model.pt")
             model = GPT.load(f"{folder}/model.pt", dtype=dtype)
             write = partial(model.generate, do_sample=True, top_k=50, top_p=0.95)
-        elif library == "nanoGPT":
-            model = nanogpt_model(peer("nanoGPT"), V, T, E, H, layers).eval()
-            write = partial(model.generate, top_k=50)  # it has no top-p
         else:
-            transformers = peer("transformers")
-            model = transformers_model(transformers, V, T, E, H, layers).eval()
-            write = (partial(transformers_write, model) if library == "transformers" else
-                     ctranslate2_writer(dtype, transformers, model, folder, V))
-    return lambda batch, prompt, tokens: write(torch.randint(1, V, (batch, prompt)), tokens)
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            model = GPT2LMHeadModel(GPT2Config(
+                vocab_size=V, n_positions=T, n_embd=E, n_layer=layers, n_head=H, bos_token_id=0,
+                eos_token_id=0)).eval()
+            write = (ctranslate2_writer(dtype, model, folder, V) if library == "CTranslate2" else
+                     lambda x, n: model.generate(
+                         x, attention_mask=torch.ones_like(x), do_sample=True, top_k=50, top_p=0.95,
+                         max_new_tokens=n, min_new_tokens=n, pad_token_id=0))
+
+    def work(batch: int, prompt: int, tokens: int) -> None:
+        write(torch.randint(1, V, (batch, prompt)), tokens)
+
+    return work
 
 
-def transformers_write(model: torch.nn.Module, x: torch.Tensor, tokens: int) -> None:
-    model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, top_k=50, top_p=0.95,
-                   max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
-
-
-def ctranslate2_writer(dtype: str, transformers, model: torch.nn.Module, folder: str,
-                       V: int) -> Callable:
+def ctranslate2_writer(dtype: str, model: torch.nn.Module, folder: str, V: int) -> Callable:
     """CTranslate2 reads a transformers model from a folder, and needs a tokenizer in it."""
+    import ctranslate2
     from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    ctranslate2 = peer("ctranslate2")
-    words = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, V)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>").save_pretrained(f"{folder}/transformers")
+    end, kind = "<|endoftext|>", "float32" if dtype == "fp32" else dtype
+    words = Tokenizer(models.WordLevel({end: 0} | {f"t{i}": i for i in range(1, V)}, end))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token=end, eos_token=end,
+                            unk_token=end).save_pretrained(f"{folder}/transformers")
     model.save_pretrained(f"{folder}/transformers")
-    kind = {"fp32": "float32"}.get(dtype, dtype)
     ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(
         f"{folder}/converted", quantization=kind)
     generator = ctranslate2.Generator(f"{folder}/converted", compute_type=kind,
                                       intra_threads=torch.get_num_threads())
     return lambda x, n: generator.generate_batch(
         [[f"t{i}" for i in row] for row in x.tolist()], max_length=n, min_length=n,
-        sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False)
+        sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False) and None
 
 
-# ------------------------------------------------------------------ memory
+# ------------------------------------------------------------------ beside other programs
 
 
-def memory() -> None:
-    """The largest resident memory of a process that does one thing; Linux only."""
-    if not Path("/proc/self/status").exists():
-        print("\nMemory: left out, there is no /proc here")
-        return
-    rows = [{"process": "import torch and the scripts", "peak_mb": costs("import bench")[1]},
-            {"process": f"fit, shape {TRAINING_SHAPES[-1]}",
-             "peak_mb": costs(f"import bench\nbench.four_steps(*{TRAINING_SHAPES[-1]})")[1]}]
-    V, T, E, H, layers, _ = GENERATION_SHAPES["GPT-1 size"]
+def beside() -> None:
+    """Training while Python loops keep the cores busy: as train.py does it, without the variable
+    that it sets, on one thread, and OLD_DIR's version."""
+    runs = {"ours": (HERE, {}), "without GOMP_SPINCOUNT": (HERE, {"GOMP_SPINCOUNT": "300000"}),
+            "one thread": (HERE, {"OMP_NUM_THREADS": "1"})}  # 300000 is libgomp's own value
+    if OLD_DIR:
+        runs["before"] = (Path(OLD_DIR), {})
+    rows = []
+    for *sizes, steps in BESIDE_SHAPES:
+        V, T, B, E, H, layers = sizes
+        setup = f"""import train, torch
+from GetData import Batches, GetData
+from GPT import GPT
+model = GPT({V}, {T}, {E}, {H}, {E // H}, {layers}, 0.0)
+batches = Batches(GetData(torch.arange(200_000) % {V}, {T}), {B}, seed=0)
+train.keep_memory()
+def work(steps):
+    model.fit(batches, [(torch.zeros(1, 1).long(),) * 2], 1, 1e-4, max_steps=steps)"""
+        with contextlib.ExitStack() as stack:
+            trainers = {name: partial(stack.enter_context(own_process(setup, folder, **variables)),
+                                      steps) for name, (folder, variables) in runs.items()}
+            for busy in BUSY:
+                loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                         for _ in range(busy)]
+                try:
+                    seconds = in_turn(trainers)
+                finally:
+                    for loop in loops:
+                        loop.kill()
+                        loop.wait()
+                labels = {"V, T, B, E, H, layers": str(sizes)[1:-1], "busy": busy}
+                rows += compared(labels, seconds, "tokens_per_second", T * B * steps)
+    show("beside", "Training beside busy programs; x: times as fast as", rows)
+
+
+# ------------------------------------------------------------------ the default run
+
+
+def default_run() -> None:
+    """python train.py and python sample.py as they are, in an empty folder, from process start."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/model.pt"
-        GPT(V, T, E, H, E // H, layers).save(path)
-        rows.append({"process": "(the file of the GPT-1 size model)",
-                     "peak_mb": Path(path).stat().st_size / 1e6})
-        for dtype in ("fp32", "bf16"):
-            _, own, _ = costs("import bench, torch\nx = torch.ones(1, 8).long()\n"
-                              f"bench.GPT.load({path!r}, dtype={dtype!r}).generate(x, 32, True)")
-            rows.append({"process": f"load and generate, GPT-1 size, {dtype}", "peak_mb": own})
-        text = standard_library()
-        BPE(8192).fit(text).save(path)
-        for name, times in (("part.txt", 1), ("text.txt", 16)):
-            with open(f"{folder}/{name}", "w", encoding="utf-8", newline="") as file:
-                file.writelines([text] * times)
-        megabytes = Path(folder, "text.txt").stat().st_size / 1e6
-        for name, code in (
-                (f"BPE.encode_file, {megabytes:.0f} MB",
-                 f"BPE.load({path!r}).encode_file('{folder}/text.txt', '{folder}/ids.npy')"),
-                (f"BPE.fit, {2 * megabytes:.0f} MB in an iterable",
-                 f"text = open('{folder}/part.txt', encoding='utf-8', newline='').read()\n"
-                 "BPE(8192).fit(text for _ in range(32))")):
-            _, own, worker = costs(f"from BPE import BPE\n{code}")
-            rows += [{"process": f"{name}, without its workers", "peak_mb": own},
-                     {"process": f"{name}, its largest worker", "peak_mb": worker}]
-    RESULTS["memory"] = show("Memory: peak of the process, MB", rows)
-
-
-def four_steps(V: int, T: int, B: int, E: int, H: int, layers: int) -> None:
-    batches = Batches(GetData(list(range(V)), T), B, seed=0)
-    fit_steps(GPT(V, T, E, H, E // H, layers), batches, 4, "fp32")
-
-
-def costs(setup: str, work: str = "") -> tuple[float, float, float]:
-    """Of a new process: the seconds of `work`, its largest memory and its largest child's, MB."""
-    shown = in_child(f"""{setup}
-import re, resource, time
-start = time.perf_counter()
-{work}
-print(time.perf_counter() - start)
-print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)""")
-    seconds, own, child = map(float, shown[-3:])
-    return seconds, rounded(own / 1e3), rounded(child / 1e3)
-
-
-def median_costs(setup: str, work: str) -> list[float]:
-    return [statistics.median(one) for one in zip(*(costs(setup, work) for _ in range(ROUNDS)),
-                                                  strict=True)]
-
-
-# ------------------------------------------------------------------ scale
-
-
-def scale() -> None:
-    """How time and memory of each step grow: the constants of train.py, one thing larger at a time.
-    Linux only."""
-    if not Path("/proc/self/status").exists():
-        print("\nScale: left out, there is no /proc here")
-        return
-    text, rows = standard_library(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for grown, size in (("", len(text) // 10), ("text x10", len(text))):
-            file = f"{folder}/{size}"
-            Path(f"{file}.txt").write_bytes(text[:size].encode())
-            for step, work in (
-                    (f"tokenizer: fit, {len(text) / 1e7:.1f} MB",
-                     f"bpe.BPE({train.VOCAB_SIZE}).fit(bpe.read_text('{file}.txt')).save('{file}')"),
-                    ("tokenizer: encode_file",
-                     f"bpe.BPE.load('{file}').encode_file('{file}.txt', '{file}.npy')")):
-                seconds, own, worker = median_costs("import BPE as bpe", work)
-                rows.append({"step": step, "grown": grown, "seconds": seconds,
-                             "mb": max(own, worker)})
-        shape = {"T": train.MAX_SEQ_LEN, "B": train.BATCH_SIZE, "layers": train.NUM_LAYERS}
-        longer = {"T": 4 * shape["T"], "B": shape["B"] // 4}  # as many tokens in a batch
-        for grown, change in (("", {}), ("context x4", longer), ("text x10", {}),
-                              ("layers x4", {"layers": 4 * shape["layers"]})):
-            ids = f"{folder}/{len(text) if grown == 'text x10' else len(text) // 10}.npy"
-            setup = f"import bench\nmodel, batches = bench.scaled({ids!r}, **{shape | change})"
-            for step, work in (
-                    ("train: 50000 tokens", "bench.fit_steps(model, batches, 98, 'auto')"),
-                    ("generate: 1000 tokens", "bench.generate_thousand(model)")):
-                seconds, own, _ = median_costs(setup, work)
-                rows.append({"step": step, "grown": grown, "seconds": seconds, "mb": own})
-    rows.sort(key=lambda row: row["step"], reverse=True)
-    base = {row["step"]: row for row in rows if not row["grown"]}
-    for row in rows:
-        for key in ("seconds", "mb"):
-            row[f"x {key}"] = row[key] / base[row["step"]][key]
-    RESULTS["scale"] = show("Scale: one thing larger at a time", rows)
-
-
-def scaled(ids: str, T: int, B: int, layers: int) -> tuple[GPT, Batches]:
-    """A model as train.py makes it, and batches of the ids in a file."""
-    model = GPT(train.VOCAB_SIZE, T, train.EMB_SIZE, train.NUM_HEADS, train.HEAD_SIZE, layers, 0.0)
-    return model, Batches(GetData(np.load(ids, mmap_mode="r"), T), B, seed=0)
-
-
-def generate_thousand(model: GPT) -> None:
-    """As many windows as make 1,000 tokens, so that no token is generated with a full cache."""
-    T = model.sizes["max_seq_len"]
-    for _ in range(round(1000 / T)):
-        model.generate(torch.ones(1, 1).long(), T, do_sample=True)
+        for script in ("train.py", "sample.py"):
+            start = time.perf_counter()
+            with subprocess.Popen([sys.executable, HERE / script], cwd=folder, env=ENVIRONMENT,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                process.stdout.read(1)
+                row = {"run": script, "first_character": time.perf_counter() - start}
+                process.stdout.read()
+            rows.append(row | {"seconds": time.perf_counter() - start})
+        with open(Path(folder, "out", "metrics.csv"), newline="") as file:
+            metrics = list(DictReader(file))
+    rows[0] |= min(metrics, key=lambda row: float(row["valid_loss"])) | {
+        "seconds": rows[0]["seconds"], "tokens_per_second": metrics[-1]["tokens_per_second"]}
+    show("default_run", "The default run", rows)
 
 
 # ------------------------------------------------------------------ the speedrun
@@ -623,100 +467,129 @@ def generate_thousand(model: GPT) -> None:
 def speedrun() -> None:
     """How soon and how well it learns TEXT_FILE; a process for each run, timed from its start."""
     if TEXT_FILE is None:
-        print("\nSpeedrun: left out, TEXT_FILE is None")
-        return
-    text, rows, loads = str(Path(TEXT_FILE).resolve()), [], []
-    theirs = nanogpt_recipe(text) if NANOGPT_DIR else None
-    if theirs:
-        rows.append({"run": "nanoGPT's CPU recipe", **theirs})
-    with tempfile.TemporaryDirectory() as folder:
-        for name, settings in SPEEDRUNS.items():
+        return print("\nSpeedrun: left out, TEXT_FILE is None")
+    rows, theirs = [], None
+    if NANOGPT_DIR:
+        with tempfile.TemporaryDirectory() as folder:
             start = time.time()
-            call = f"bench.learn({text!r}, {settings!r}, {folder + '/model.pt'!r}, {start})"
-            run = json.loads(in_child(f"import bench, json\nprint(json.dumps({call}))")[-1])
-            best = min(point["nats_per_byte"] for point in run["curve"])
-            row = {"run": name, "seconds": run["curve"][-1]["time"] - start, "nats_per_byte": best,
-                   "aim": str(settings["aim"]), "aim_after": "not reached"}
-            reached = [p for p in run["curve"] if p["nats_per_byte"] <= settings["aim"]]
-            if reached:
-                row["aim_after"] = reached[0]["time"] - start
-                if theirs:
-                    row["nanoGPT_seconds / aim_after"] = theirs["seconds"] / row["aim_after"]
-            rows.append(row)
-            loads.append({"run": name} | run["by_dtype"])
-    for row in rows:
-        row["nats_per_byte"] = f"{row['nats_per_byte']:.4f}"
-        row["bits_per_byte"] = f"{float(row['nats_per_byte']) / math.log(2):.4f}"
-    RESULTS["speedrun"] = show("Speedrun: from process start to a validation loss", rows)
-    RESULTS["bf16_weights"] = show("Validation loss, nats per byte, by the weights' type", loads)
-
-
-def learn(text: str, settings: dict, path: str, start: float) -> dict:
-    """One run: text -> tokenizer -> ids -> fit -> model file. The curve holds points in time. With
-    "seconds" in place of "steps", it takes as many steps as fill them at the speed of a trial."""
-    s, curve = settings, []
-    data = Path(text).read_bytes()
-    split = len(data) * 9 // 10
-    bpe = BPE(s["V"]).fit(data[:split].decode(errors="ignore"))
-    train_ids, valid = (np.array(bpe.encode(part.decode(errors="ignore")), dtype=np.uint16)
-                        for part in (data[:split], data[split:]))
-    per_byte = len(valid) / (len(data) - split)  # tokens
-    sizes = (len(bpe), s["T"], s["E"], s["H"], s["E"] // s["H"], s["layers"], s["dropout"])
-    batches = Batches(GetData(train_ids, s["T"]), s["B"], seed=0)
-    held_out = Batches(GetData(valid, s["T"], stride=s["T"]), 64)
-    if "seconds" in s:
-        trial = partial(fit_steps, GPT(*sizes), batches, 25, "auto")
-        a_step = in_turn({"": trial}, 2)[""] / 25
-        # the rest is for the validations
-        s["steps"] = int(0.95 * (s["seconds"] - (time.time() - start)) / a_step)
-    torch.manual_seed(0)
-    model = GPT(*sizes)
-    train.keep_memory()
-
-    def on_eval(metrics: dict) -> None:
-        curve.append({"step": metrics["step"], "time": time.time(),
-                      "nats_per_byte": metrics["valid_loss"] * per_byte})
-        if metrics["best"]:
-            model.save(path)
-
-    model.fit(batches, held_out, 1, s["rate"], max_steps=s["steps"], warmup_steps=s["warmup"],
-              weight_decay=s["decay"], eval_every=math.ceil(s["steps"] / s["validations"]),
-              on_eval=on_eval)
-    by_dtype = {}
-    for dtype in ("fp32", "bf16"):
-        model = GPT.load(path, dtype=dtype)
-        with torch.no_grad():
-            loss = sum(F.cross_entropy(model(x).float().flatten(0, 1), y.flatten(), reduction="sum")
-                       for x, y in held_out).item()
-        by_dtype[dtype] = loss / sum(y.numel() for _, y in held_out) * per_byte
-    change = 100 * (by_dtype["bf16"] / by_dtype["fp32"] - 1)
-    return {"curve": curve, "by_dtype": {dtype: f"{loss:.4f}" for dtype, loss in by_dtype.items()}
-            | {"change": f"{change:+.3f} %"}}
-
-
-def nanogpt_recipe(text: str) -> dict:
-    """The command of nanoGPT's README for a CPU, on this text, in a copy: seconds and its loss."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("train.py", "model.py", "configurator.py"):
-            shutil.copy(Path(NANOGPT_DIR, name), folder)
-        data = Path(folder, "data", "shakespeare_char")
-        data.mkdir(parents=True)
-        characters = Path(text).read_text(encoding="utf-8")
-        vocabulary = sorted(set(characters))
-        ids = np.array([vocabulary.index(c) for c in characters], dtype=np.uint16)
-        ids[: len(ids) * 9 // 10].tofile(data / "train.bin")
-        ids[len(ids) * 9 // 10 :].tofile(data / "val.bin")
-        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(vocabulary)}))
-        config = Path(NANOGPT_DIR, "config", "train_shakespeare_char.py").resolve()
+            shown = subprocess.run(
+                [sys.executable, "train.py", *NANOGPT_OPTIONS.split(), f"--out_dir={folder}"],
+                cwd=NANOGPT_DIR, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True)
+        theirs = time.time() - start
+        rows.append({"run": "nanoGPT's CPU recipe", "seconds": theirs, "nats_per_byte":
+                     float(re.findall(r"val loss ([\d.]+)", shown.stdout)[-1])})
+    for name, (aim, *settings) in SPEEDRUNS.items():
         start = time.time()
-        shown = subprocess.run([sys.executable, "train.py", str(config), *NANOGPT_OPTIONS.split()],
-                               cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-        seconds = time.time() - start
-    return {"seconds": seconds, "nats_per_byte": float(re.findall(r"val loss ([\d.]+)", shown)[-1])}
+        with own_process("import train, bench\n"
+                         f"work = lambda: bench.learn({start}, *{settings})") as call:
+            curve = call()[0]
+        row = {"run": name, "seconds": curve[-1][0], "nats_per_byte": min(n for _, n in curve),
+               "aim": str(aim), "aim_after": "not reached"}
+        if reached := [seconds for seconds, nats in curve if nats <= aim]:
+            row["aim_after"] = reached[0]
+            if theirs:
+                row["nanoGPT_seconds / aim_after"] = theirs / reached[0]
+        rows.append(row)
+    for row in rows:
+        nats = row["nats_per_byte"]
+        row |= {"nats_per_byte": f"{nats:.4f}", "bits_per_byte": f"{nats / math.log(2):.4f}"}
+    show("speedrun", "Speedrun: from process start to a validation loss", rows)
 
 
-PART_FUNCTIONS = {"tokenizer": tokenizer, "training": training, "generation": generation,
-                  "memory": memory, "scale": scale, "speedrun": speedrun}
+def learn(start: float, steps: int | str, rate: float, warmup: int, validations: int, V: int,
+          T: int, B: int, E: int, H: int, layers: int, dropout: float,
+          decay: float) -> list[tuple[float, float]]:
+    """One run, text -> tokenizer -> ids -> fit; (seconds, nats per byte) at each validation.
+    steps: or, as a str, the seconds to fill, at the speed of a trial."""
+    curve, data = [], Path(TEXT_FILE).read_bytes()
+    parts = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
+    bpe = BPE(V).fit(parts[0].decode(errors="ignore"))
+    ids, held_out = (np.array(bpe.encode(part.decode(errors="ignore"))) for part in parts)
+    torch.manual_seed(0)
+    make = partial(GPT, len(bpe), T, E, H, E // H, layers, dropout)
+    batches = Batches(GetData(ids, T, stride=T), B, seed=0)
+    valid = Batches(GetData(held_out, T, stride=T), 64)
+    train.keep_memory()
+    if isinstance(steps, str):
+        one = torch.zeros(1, 1).long()
+        trial = partial(make().fit, batches, [(one, one)], 1, 1e-4, max_steps=25)
+        a_step = in_turn({"": trial})[""] / 25
+        steps = int(0.95 * (int(steps) - (time.time() - start)) / a_step)  # the rest: validations
+    make().fit(batches, valid, 1, rate, max_steps=steps, warmup_steps=warmup, weight_decay=decay,
+               eval_every=math.ceil(steps / validations), on_eval=lambda metrics: curve.append(
+                   (time.time() - start, metrics["valid_loss"] * len(held_out) / len(parts[1]))))
+    return curve
+
+
+# ------------------------------------------------------------------ memory and scale, on Linux
+
+
+def memory() -> None:
+    """The largest resident memory of a process that does one thing."""
+    V, T, E, H, layers, _ = GENERATION_SHAPES["GPT-1 size"]
+    largest = "ours fp32", *TRAINING_SHAPES[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        model, text, python = f"{folder}/model.pt", f"{folder}/text.txt", standard_library()
+        GPT(V, T, E, H, E // H, layers).save(model)
+        BPE(8192).fit(python).save(f"{folder}/bpe")
+        with open(text, "w", encoding="utf-8", newline="") as file:
+            file.writelines([python] * 16)
+        megabytes = round(Path(text).stat().st_size / 1e6)
+        rows = [{"process": "(the file of the GPT-1 size model)",
+                 "peak_mb": Path(model).stat().st_size / 1e6}]
+        load = "import torch, GPT\ndef work(): GPT.GPT.load({!r}, dtype={!r}).generate(" \
+               "torch.ones(1, 8).long(), 32, True)"
+        for process, setup in (
+                ("import torch and the scripts", "import train\ndef work(): pass"),
+                (f"fit, shape {largest[1:]}",
+                 f"import train, bench\nwork = lambda: bench.trainer{largest}(4)"),
+                ("load and generate, GPT-1 size, fp32", load.format(model, "fp32")),
+                ("load and generate, GPT-1 size, bf16", load.format(model, "bf16")),
+                (f"BPE.encode_file, {megabytes} MB", f"from BPE import BPE\ndef work(): "
+                 f"BPE.load('{folder}/bpe').encode_file({text!r}, '{folder}/ids.npy')")):
+            _, own, child = costs(setup)
+            rows.append({"process": process, "peak_mb": own, "largest_worker_mb": child or ""})
+    show("memory", "Memory: peak of the process, MB", rows)
+
+
+def scale() -> None:
+    """How time and memory grow: the constants of train.py, with one thing larger at a time."""
+    python, rows, V = standard_library(), [], train.VOCAB_SIZE
+    shape = train.MAX_SEQ_LEN, train.BATCH_SIZE, train.NUM_LAYERS
+    with tempfile.TemporaryDirectory() as folder:
+        for grown, factors in (("", (1, 1, 1)), ("text x10", (1, 1, 1)),
+                               ("context x4", (4, 1 / 4, 1)), ("layers x4", (1, 1, 4))):
+            T, B, layers = (int(x * factor) for x, factor in zip(shape, factors, strict=True))
+            size = len(python) // (1 if grown == "text x10" else 10)
+            file = f"{folder}/{size}"
+            model = f"import train, bench\nmodel, batches = bench.scaled('{file}.npy', {T}, {B}, " \
+                    f"{layers})\none = bench.torch.ones(1, 1).long()\ndef work():\n"
+            steps = {"train: 50000 tokens":
+                     f"{model}  model.fit(batches, [(one, one)], 1, 1e-4, max_steps=98)",
+                     "generate: 1000 tokens":  # in windows of T, so never with a full cache
+                     f"{model}  for _ in range({round(1000 / T)}): model.generate(one, {T}, True)"}
+            if not Path(f"{file}.txt").exists():
+                Path(f"{file}.txt").write_text(python[:size], encoding="utf-8", newline="")
+                steps = {"tokenizer: fit": f"import BPE\ndef work(): BPE.BPE({V}).fit("
+                         f"BPE.read_text('{file}.txt')).save('{file}')",
+                         "tokenizer: encode_file": f"from BPE import BPE\ndef work(): "
+                         f"BPE.load('{file}').encode_file('{file}.txt', '{file}.npy')"} | steps
+            for step, setup in steps.items():
+                seconds, own, worker = costs(setup, ROUNDS)
+                rows.append({"step": step, "grown": grown, "seconds": seconds,
+                             "mb": max(own, worker)})
+    rows.sort(key=lambda row: row["step"], reverse=True)
+    base = {row["step"]: row for row in rows if not row["grown"]}
+    for row in rows:
+        row |= {f"x {key}": row[key] / base[row["step"]][key] for key in ("seconds", "mb")}
+    show("scale", "Scale: one thing larger at a time", rows)
+
+
+def scaled(ids: str, T: int, B: int, layers: int) -> tuple[GPT, Batches]:
+    """A model as train.py makes it, and batches of the ids in a file."""
+    train.keep_memory()
+    model = GPT(train.VOCAB_SIZE, T, train.EMB_SIZE, train.NUM_HEADS, train.HEAD_SIZE, layers, 0.0)
+    return model, Batches(GetData(np.load(ids, mmap_mode="r"), T, stride=T), B, seed=0)
 
 
 if __name__ == "__main__":
