@@ -2005,8 +2005,8 @@ class TestEdits(RunCase):
         self.call(module, SMALL | dict(MAX_STEPS=1))
         self.assertIn("resuming", self.call(module, SMALL | dict(MAX_STEPS=2, LOG_LEVEL=2)))
         for n, (old, value, new) in enumerate((
-                ('"int"', [1, 2], "[1, 2]"), ("[1, 2]", nn.GELU, '"GELU"'), ('"GELU"', math.sin, '"sin"')),
-                start=1):
+                ('"int"', [1, 2], "[1, 2]"), ("[1, 2]", nn.GELU, '"GELU"'),
+                ('"GELU"', math.sin, '"sin"')), start=1):
             printed = self.call(module, SMALL | dict(MAX_STEPS=3, MINE=value))
             self.assertRegex(printed, rf"\(MINE: {re.escape(f'{old} -> {new}')}\): .*out-{n}")
 
