@@ -1831,7 +1831,9 @@ class TestRunFolder(RunCase):
 
     def test_what_starts_a_new_run(self):
         """Each of these alone; the old run is kept as it was, and the reason printed."""
-        self.write("more.txt", Path("text.txt").read_text("utf-8") + "more of the cat")
+        text = Path("text.txt").read_text("utf-8")
+        for name, part in (("more", text + "more"), ("one", text[:3000]), ("two", text[3000:])):
+            self.write(f"{name}.txt", part)
         changed = dict(
             VOCAB_SIZE=268, MAX_SEQ_LEN=9, EMB_SIZE=8, NUM_HEADS=1, HEAD_SIZE=4, NUM_LAYERS=1,
             DROPOUT=0.2, SPECIAL_TOKENS=("<|user|>",), BATCH_SIZE=3, ACCUMULATE=1,
@@ -1850,7 +1852,7 @@ class TestRunFolder(RunCase):
                 (dict(MAX_STEPS=4), "(finished after 4 steps)"),
                 (dict(MAX_STEPS=3), "(finished after 4 steps)"),
                 (dict(DATA_FILE="more.txt"), "(another text)"),
-                (dict(DATA_FILE=["text.txt", "more.txt"]), "(another text)"),
+                (dict(DATA_FILE=["one.txt", "two.txt"]), "(another text)"),  # as two documents
                 (dict(MAX_STEPS=9), "(a model without its checkpoint.pt)", lose_the_checkpoint),
                 (dict(MAX_STEPS=9), "(from an older version)", come_from_an_older_version),
                 *((dict([item]), f"({item[0]}: ") for item in changed.items()),
@@ -2124,8 +2126,8 @@ class TestEdits(RunCase):
         self.call(module, SMALL | dict(MAX_STEPS=1))
         self.assertIn("resuming", self.call(module, SMALL | dict(MAX_STEPS=2, LOG_LEVEL=2)))
         for n, (old, value, new) in enumerate((
-                ('"int"', [1, 2], "[1, 2]"), ("[1, 2]", nn.GELU, '"GELU"'), ('"GELU"', math.sin, '"sin"')),
-                start=1):
+                ('"int"', [1, 2], "[1, 2]"), ("[1, 2]", nn.GELU, '"GELU"'),
+                ('"GELU"', math.sin, '"sin"')), start=1):
             printed = self.call(module, SMALL | dict(MAX_STEPS=3, MINE=value))
             self.assertRegex(printed, rf"\(MINE: {re.escape(f'{old} -> {new}')}\): .*out-{n}")
 
