@@ -509,7 +509,7 @@ class TestGPTGenerate(Case):
 
     def test_stop_token(self):
         model, x, spread = tiny_gpt().eval(), torch.tensor([[3], [7], [11]]), set()
-        model.linear.register_forward_hook(lambda layer, h, y: y.roll(1, -1))  # not one token for ever
+        model.linear.register_forward_hook(lambda _, h, y: y.roll(1, -1))  # not one token for ever
         free = model.generate(x, 12, False).tolist()
         for stop in range(40):  # those of the prompt, too: there they stop nothing
             ends = [row.index(stop, 1) if stop in row[1:] else 12 for row in free]
@@ -735,6 +735,7 @@ class TestGPTFit(TrainedCase):
         small[4] = tuple(ids[:1] for ids in small[4])
         model, losses = tiny_gpt(), []
         plain = copy.deepcopy(model)
+        model.linear.bias.grad = torch.ones(40)  # left by an interrupted step
         (train_loss,), _ = model.fit(small, small, 1, 1e-2, warmup_steps=1, grad_clip=0.5,
                                      accumulate=3)
         optimizer = torch.optim.AdamW([
@@ -819,12 +820,14 @@ class TestGPTFit(TrainedCase):
             self.assertEqual(seen, order[place:][: len(seen)])
             self.assertGreaterEqual(len(seen), 4)
             seen.clear()
-        for loader, options, validations in (
-            (tuple(batches), dict(accumulate=2), 2), (shuffling_loader(), dict(eval_every=7), 3),
-            ((batch for batch in batches), dict(max_steps=5), 1),
+        for loader, options, validated in (
+            (tuple(batches), dict(accumulate=2), [3, 6]), (iter(batches), dict(max_steps=5), [5]),
+            (shuffling_loader(), dict(eval_every=7), [7, 14, 16]),
         ):
-            losses = tiny_gpt().fit(loader, shuffling_loader(), 2, 1e-3, **options)
-            self.assertEqual([len(each) for each in losses], [validations] * 2)
+            losses = tiny_gpt().fit(loader, shuffling_loader(), 2, 1e-3, **options,
+                                    on_eval=lambda metrics: seen.append(metrics["step"]))
+            self.assertEqual([seen, *map(len, losses)], [validated, *[len(validated)] * 2])
+            seen.clear()
 
     def test_leaves_no_trace(self):
         model, batches, seen = tiny_gpt(dropout=0.3), counting_batches(3), []
