@@ -669,7 +669,6 @@ _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
 BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
-
 # BPE.load refuses a file that sets one of these.
 NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
             "continuing_subword_prefix", "end_of_word_suffix")
