@@ -744,9 +744,10 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def read_text(path: str | os.PathLike, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
+def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Yields the bytes [start, stop) of a UTF-8 file as text, exactly as it is (byte order mark,
     \\r\\n), in pieces as from cut(). ValueError, with the offset, for what is not UTF-8."""
+    stop = sys.maxsize if stop is None else stop
     with open(path, "rb") as file:
         file.seek(start)
         blocks = iter(lambda: file.read(max(0, min(READ_BYTES, stop - file.tell()))), b"")
