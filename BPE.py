@@ -185,8 +185,9 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
             if (count := int(weight.take(places).sum())) > 1:
                 heapq.heappush(heap, (-count, pair, places))
             continue
-        yield (pair >> 32, pair & 0xFFFFFFFF)
-        if pair >> 32 == pair & 0xFFFFFFFF:              # in aaa two of them overlap
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        yield left, right
+        if left == right:                                # in aaa two of them overlap
             before = words.pairs(words.previous[places])
             places = places[run_starts(before == pair)[1]]
         note(words.join(places, new))
@@ -205,19 +206,19 @@ class Merges:
     own: a word's leftmost pair is merged, then the ranks are looked at again."""
 
     def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
-        self.made, self.byte_ids, self.none = [*made], byte_ids, len(merges)
+        self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        # Which rank is the first to use what each one makes; none makes nothing and has no band.
-        used = np.array([*(first_use.get(i, self.none) for i in self.made), self.none + 1])
+        # Which rank is the first to use what each one makes. (none makes nothing, has no band.)
+        used = np.array([*(first_use.get(i, self.none) for i in made), self.none + 1])
         ranks = np.arange(self.none + 1)
         self.lonely = used <= ranks
+        self.any_lonely = self.lonely.any()
         limit = np.minimum.accumulate(np.maximum(used, ranks)[::-1])[::-1]
         self.limit = np.append(np.maximum(limit, ranks + 1)[:-1], 0)
-        self.any_lonely = self.lonely.any()
 
     def apply_to_one(self, word: str) -> list[int]:
         """The ids of one word, by a heap of (rank, place). For a few words that is quicker than
@@ -231,7 +232,7 @@ class Merges:
             rank, place = heapq.heappop(heap)
             right = following[place]
             if self.rank_of.get((ids[place], ids[right])) == rank:           # it is still there
-                ids[place], ids[right] = self.made[rank], GONE
+                ids[place], ids[right] = int(self.made[rank]), GONE
                 following[place] = after = following[right]
                 previous[after] = place
                 for begin in (previous[place], place):
@@ -247,14 +248,14 @@ class Merges:
 
     def apply(self, words: Words) -> None:
         """textbook_encode for all words: makes all merges, as if one by one."""
-        made, borders = np.array(self.made), np.flatnonzero(words.id == BORDER)
+        borders = np.flatnonzero(words.id == BORDER)
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
         while (lowest := rank.min()) < self.none:
             if self.any_lonely:                          # then each word has its own band
                 lowest = np.minimum.reduceat(rank, borders)[words.word]
             places = np.flatnonzero(rank < self.limit[lowest])
-            if self.any_lonely:
+            if self.any_lonely:                          # and lonely merges only its leftmost pair
                 leftmost = np.isin(np.arange(len(places)), first_of_equals(words.word[places]))
                 places = places[leftmost | ~self.lonely[rank[places]]]
             here, after = rank[places], rank[words.next[places]]
@@ -264,7 +265,7 @@ class Merges:
             start, odd = run_starts(before == here)
             places = places[(before > here)[start] & odd & (here <= after)]
             gone = words.next[places]
-            changed = words.join(places, made[rank[places]])
+            changed = words.join(places, self.made[rank[places]])
             rank[gone] = self.none
             rank[changed] = self.look_up(words.pairs(changed))
 
