@@ -299,36 +299,33 @@ def training() -> None:
 def trainer(name: str, V: int, T: int, B: int, E: int, H: int, layers: int) -> Callable:
     """A function that trains for so many steps, on random ids."""
     library, dtype = name.split()
-    ids = np.random.default_rng(0).integers(0, V, 200_000, dtype=np.uint16)
-    if library == "nanoGPT":
-        return partial(nanogpt_loop, nanogpt_model(V, T, E, H, layers), ids, T, B)
-    model = GPT(V, T, E, H, E // H, layers, dropout=0.0)
-    batches, one = Batches(GetData(ids, T, stride=T), B, seed=0), torch.zeros(1, 1).long()
-    train.keep_memory()
-    return lambda steps: model.fit(batches, [(one, one)], 1, 1e-4, max_steps=steps, dtype=dtype)
-
-
-def nanogpt_model(V: int, T: int, E: int, H: int, layers: int) -> torch.nn.Module:
+    ids, one = np.random.default_rng(0).integers(0, V, 200_000), torch.zeros(1, 1).long()
+    if library == "ours":
+        model = GPT(V, T, E, H, E // H, layers, dropout=0.0)
+        batches = Batches(GetData(ids, T, stride=T), B, seed=0)
+        train.keep_memory()
+        return lambda steps: model.fit(batches, [(one, one)], 1, 1e-4, max_steps=steps, dtype=dtype)
     sys.path.append(NANOGPT_DIR)
-    import model
+    import model as nanogpt
 
     with contextlib.redirect_stdout(sys.stderr):
-        return model.GPT(model.GPTConfig(T, V, layers, H, E, dropout=0.0, bias=False))
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(T, V, layers, H, E, dropout=0.0, bias=False))
 
+    def work(steps: int) -> None:
+        """What nanoGPT's train.py does: its batches, its AdamW, its clipping, one .item()."""
+        optimizer = theirs.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+        for _ in range(steps):
+            starts = torch.randint(len(ids) - T, (B,))
+            x, y = (torch.stack([torch.from_numpy(ids[i + n : i + n + T]) for i in starts])
+                    for n in (0, 1))
+            loss = theirs(x, y)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
 
-def nanogpt_loop(model: torch.nn.Module, ids: np.ndarray, T: int, B: int, steps: int) -> None:
-    """What nanoGPT's train.py does in a step: its batches, its AdamW, its clipping, one .item()."""
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
-    for _ in range(steps):
-        starts = torch.randint(len(ids) - T, (B,))
-        x, y = (torch.stack([torch.from_numpy(ids[i + n : i + n + T].astype(np.int64))
-                             for i in starts]) for n in (0, 1))
-        loss = model(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
+    return work
 
 
 # ------------------------------------------------------------------ generation: tokens a second
