@@ -206,7 +206,7 @@ class Merges:
 
     def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
-        self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
+        self.rank_of = dict(zip(merges, range(self.none), strict=True))
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
@@ -625,7 +625,8 @@ class BPE:
         odd = [f"{name!r} has id {i!r}" for name, i in names.items()
                if type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i]
         odd += [f"id {i} has {n} tokens" for i, n in Counter(names.values()).items() if n > 1]
-        odd += [f"byte {b} ({c!r}) has no token" for c, b in BYTE_OF.items() if c not in vocab]
+        odd += [f"byte {b} ({c!r}) has no token" for b, c in enumerate(BYTE_LETTERS)
+                if c not in vocab]
         if odd:
             raise ValueError(f"{', '.join(odd[:3])}: each byte needs a token, each token an id of "
                              "its own, a whole number from 0 to 2**31 - 1")
@@ -639,8 +640,8 @@ class BPE:
                              "third, all of them in the vocabulary") from None
         for name, i in vocab.items():
             try:
-                token_bytes[i] = bytes(map(BYTE_OF.__getitem__, name))
-            except KeyError:                             # not made of BYTE_LETTERS
+                token_bytes[i] = name.translate(LETTER_BYTES).encode("latin-1")
+            except UnicodeEncodeError:                   # not made of BYTE_LETTERS
                 token_bytes[i] = name.encode()
         whole = {n: i for n, i in vocab.items() if n not in special and model.get("ignore_merges")}
         bpe = cls(256 + len(special), pattern, special)
@@ -656,7 +657,7 @@ class BPE:
 # seen in Latin-1 for themselves, for the others those from U+0100 on.
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
-BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+LETTER_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(BYTE_LETTERS)}
 
 # BPE.load refuses a file that sets one of these.
 NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",

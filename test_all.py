@@ -3043,13 +3043,15 @@ class TestBPE(Case):
         def texts(kill=False):
             for n in range(0, len(words), 500):
                 seen.append(multiprocessing.active_children())
-                for child in seen[-1] if kill and n == 10_000 else ():
+                for child in seen[-1] if kill and n > 15_000 else ():
                     child.kill()
                 yield "".join(words[n : n + 500])
 
         self.assertEqual(BPE(300).fit(texts()).merges, want)
         self.assertEqual(max(map(len, seen)), 2)
+        seen.clear()
         self.assertEqual(BPE(300).fit(texts(kill=True)).merges, want)
+        self.assertEqual((max(map(len, seen)), seen[-1]), (2, []))
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             self.assertEqual(list(pool.map(lambda _: BPE(300).fit(text).merges, "abc")), [want] * 3)
         self.assertIs(sys.modules["__main__"], main)
@@ -3077,10 +3079,10 @@ class TestBPE(Case):
         BPE.BATCH = 10_000
         os.sched_getaffinity, os.cpu_count, seen = lambda _: {0, 1}, lambda: 2, set()
         def texts(n):
-            for _ in range(n):
+            for i in range(n):
                 seen.update(child.pid for child in multiprocessing.active_children())
                 yield "it was the best of times, it was the worst of times é " * 200
-                if n > 99 and seen:
+                if i == 500:
                     print("working", flush=True)
         bpe = BPE.BPE(270).fit(texts(int(sys.argv[1])))
         text = "".join(texts(9))
