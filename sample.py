@@ -15,6 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from unicodedata import east_asian_width
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported: see train.py
+
 import torch
 from torch import Tensor
 
