@@ -185,8 +185,9 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
             if (count := int(weight.take(places).sum())) > 1:
                 heapq.heappush(heap, (-count, pair, places))
             continue
-        yield (pair >> 32, pair & 0xFFFFFFFF)
-        if pair >> 32 == pair & 0xFFFFFFFF:              # in aaa two of them overlap
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        yield left, right
+        if left == right:                                # in aaa two of them overlap
             before = words.pairs(words.previous[places])
             places = places[run_starts(before == pair)[1]]
         note(words.join(places, new))
@@ -194,25 +195,47 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The merges of a tokenizer. The rank of a pair is its place among them; of the pairs in a word
-    the one of the lowest rank is merged, the leftmost of several, until none is left.
+    """The merges of a tokenizer. The rank of a pair is its place among them. In a word the pair of
+    the lowest rank is merged, the leftmost of several, until none is left: so does apply_to_one.
 
-    One by one would be slow. But merges that use nothing another one of them makes can be made
-    together (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If
-    a is the lowest rank in any word, all that its band will merge is there already. (A foreign file
-    may list a merge before the one that makes what it uses: then limit is None, and each word is
-    merged alone.)"""
+    In many words at once, one by one would be slow. But merges that use nothing another one of them
+    makes can be made together (t + h and i + n, but not th + e): those of the ranks from a up to
+    limit[a], a band. If a is the lowest rank in any word, all pairs that its band will merge are
+    there already, and merging them makes none of the band. (A foreign file may list a merge before
+    the one that makes what it uses: then limit is None, and each word is merged alone.)"""
 
     def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
-        self.made, self.byte_ids, self.none = [*made], byte_ids, len(merges)
+        self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        used = np.array([first_use.get(i, self.none) for i in self.made], np.int32)
-        in_order = (used > np.arange(self.none)).all()   # used: who first uses what each makes
+        # Which rank is the first to use what each one makes.
+        used = np.array([first_use.get(i, self.none) for i in made], np.int32)
+        in_order = (used > np.arange(self.none)).all()
         self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
+
+    def apply_to_one(self, word: str) -> list[int]:
+        """The ids of one word, by a heap of (rank, place). For a few words that is quicker than
+        arrays."""
+        ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
+        following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
+        heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
+                if pair in self.rank_of]
+        heapq.heapify(heap)
+        while heap:
+            rank, place = heapq.heappop(heap)
+            right = following[place]
+            if self.rank_of.get((ids[place], ids[right])) == rank:           # it is still there
+                ids[place], ids[right] = int(self.made[rank]), GONE
+                following[place] = after = following[right]
+                previous[after] = place
+                for begin in (previous[place], place):
+                    pair = ids[begin], ids[following[begin]]
+                    if pair in self.rank_of:
+                        heapq.heappush(heap, (self.rank_of[pair], begin))
+        return [i for i in ids if i >= 0]
 
     def look_up(self, pair: np.ndarray) -> np.ndarray:
         """Pairs -> the ranks of their merges, or none."""
@@ -221,7 +244,6 @@ class Merges:
 
     def apply(self, words: Words) -> None:
         """textbook_encode for all words: makes all merges, as if one by one."""
-        made = np.array(self.made)
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
         while (lowest := rank.min()) < self.none:
@@ -233,29 +255,9 @@ class Merges:
             start, odd = run_starts(before == here)
             places = places[(before > here)[start] & odd & (here <= after)]
             gone = words.next[places]
-            changed = words.join(places, made[rank[places]])
+            changed = words.join(places, self.made[rank[places]])
             rank[gone] = self.none
             rank[changed] = self.look_up(words.pairs(changed))
-
-    def apply_to_one(self, word: str) -> list[int]:
-        """The ids of one word, by a heap of (rank, place): quicker for a few words."""
-        ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
-        following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
-        heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
-                if pair in self.rank_of]
-        heapq.heapify(heap)
-        while heap:
-            rank, place = heapq.heappop(heap)
-            right = following[place]
-            if self.rank_of.get((ids[place], ids[right])) == rank:           # it is still there
-                ids[place], ids[right] = self.made[rank], GONE
-                following[place] = after = following[right]
-                previous[after] = place
-                for begin in (previous[place], place):
-                    pair = ids[begin], ids[following[begin]]
-                    if pair in self.rank_of:
-                        heapq.heappush(heap, (self.rank_of[pair], begin))
-        return [i for i in ids if i >= 0]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -385,8 +387,8 @@ class BPE:
         if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
         if vocab_size < 256 + len(names):
-            raise ValueError(f"vocab_size={vocab_size}: 256 bytes and {len(names)} special tokens "
-                             f"need {256 + len(names)} or more")
+            raise ValueError(f"vocab_size={vocab_size}: the bytes and {len(names)} special "
+                             f"tokens need {256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
         self._set([], [], dict.fromkeys(names))
 
@@ -433,8 +435,8 @@ class BPE:
         return self
 
     def _count(self, pieces: list[str | int]) -> Counter[str]:
-        texts = (piece for piece in pieces if isinstance(piece, str))
-        return Counter(chain.from_iterable(map(self._split, texts)))
+        words = (self._split(piece) for piece in pieces if isinstance(piece, str))
+        return Counter(chain.from_iterable(words))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
@@ -470,8 +472,9 @@ class BPE:
                 merges.apply(merging)
                 found = dict(zip(new, merging.results(self._dtype), strict=True))
             if self._whole:
-                ids = {word: self._whole.get(_letters(word.encode())) for word in new}
-                found |= {w: array(kind, [i]).tobytes() for w, i in ids.items() if i is not None}
+                letters = {w: w.encode().decode("latin-1").translate(BYTE_LETTERS) for w in new}
+                found |= {word: array(kind, [self._whole[name]]).tobytes()
+                          for word, name in letters.items() if name in self._whole}
             known |= found                               # at once: an interrupt leaves no half word
             self._room -= sum(map(len, new)) + 128 * len(new)
             if self._room < 0:
@@ -564,12 +567,11 @@ class BPE:
         tokens in a text for what they are (our allow_special=True). ValueError for what the format
         can't express.
         """
-        name = {i: _letters(token) for i, token in self._token.items()}
+        name = {i: t.decode("latin-1").translate(BYTE_LETTERS) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             twice = Counter(name.values()).most_common(1)[0][0]
-            raise ValueError(f"two tokens are both written {twice!r}, which the file format can't "
-                             "express: choose other special tokens")
+            raise ValueError(f"two tokens would be written {twice!r}: choose other special tokens")
         split = level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                          "use_regex": self.pattern == GPT2_PATTERN}
         if self.pattern != GPT2_PATTERN:
@@ -650,16 +652,11 @@ class BPE:
         return bpe
 
 
-# The 256 letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can
-# be seen in Latin-1 for themselves, for the others those from U+0100 on.
+# The letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can be
+# seen in Latin-1 for themselves, for the others those from U+0100 on.
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
 BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
-
-
-def _letters(token: bytes) -> str:
-    return token.decode("latin-1").translate(BYTE_LETTERS)
-
 
 # BPE.load refuses a file that sets one of these.
 NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
@@ -683,7 +680,8 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
             pass
         case step:
             kinds = [part["type"] for part in step.get("pretokenizers", [step])]
-            wrong += [f"pre_tokenizer {kinds}, {json.dumps(step):.300}"]
+            wrong += [f"pre_tokenizer {kinds}" + " isn't byte-level" * ("ByteLevel" not in kinds)
+                      + f" ({json.dumps(step):.300})"]
     normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
     forms = [form["type"] for form in normal.get("normalizers", [normal])]
     wrong += [f"normalizer {forms}"] * (forms not in ([], ["NFC"], ["NFKC"]))
@@ -735,9 +733,10 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def read_text(path: str | os.PathLike, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
+def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Yields the bytes [start, stop) of a UTF-8 file as text, exactly as it is (byte order mark,
     \\r\\n), in pieces as from cut(). ValueError, with the offset, for what is not UTF-8."""
+    stop = sys.maxsize if stop is None else stop
     with open(path, "rb") as file:
         file.seek(start)
         blocks = iter(lambda: file.read(max(0, min(READ_BYTES, stop - file.tell()))), b"")

@@ -147,8 +147,9 @@ class GPT(nn.Module):
             raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row, one token")
         check_ids(x, self.sizes["vocab_size"])
         whole_number("max_new_tokens", max_new_tokens, at_least=0)
-        whole_number("top_k", 1 if top_k is None else top_k)
-        whole_number("stop_token", 0 if stop_token is None else stop_token, at_least=0)
+        for name, value, least in (("top_k", top_k, 1), ("stop_token", stop_token, 0)):
+            if value is not None:
+                whole_number(name, value, least)
         temperature = check_number("temperature", temperature, zero=True)
         if top_p is not None and check_number("top_p", top_p) > 1:
             raise ValueError(f"top_p={top_p!r}: pick a probability above 0 and up to 1, or None")
@@ -256,6 +257,7 @@ class GPT(nn.Module):
         optimizer = self.make_optimizer(max(rates), weight_decay)
         shares = [group["lr"] / max(rates) for group in optimizer.param_groups]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
+        code_of(self)  # remembers the code as it is now, before somebody edits it
         run = {"step": 0, "tokens": 0, "train_losses": [], "valid_losses": []}
         if checkpoint is not None:
             load_checkpoint(checkpoint, self, optimizer, run)
@@ -500,7 +502,7 @@ def pick_device(device: str = "auto") -> str:
         torch.zeros(1, device=device).item()  # "meta" holds no values
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f'DEVICE={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
+        raise ValueError(f'device={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
                          f"for the fastest that works here") from None
 
 
@@ -641,7 +643,7 @@ def code_of(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(sorted(map(source, filter(None, files))))).hexdigest()
 
 
-@cache  # the code that runs, even if its file is edited meanwhile
+@cache  # read once in a process: the code that runs, even if its file is edited meanwhile
 def source(file: str) -> bytes:
     return Path(file).read_bytes() if Path(file).is_file() else b""
 

@@ -66,7 +66,7 @@ EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread 
                        # with the values here); None: all of them
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
-SETTINGS = [name for name in takewhile("SETTINGS".__ne__, globals())  # all that stand above
+SETTINGS = [name for name in takewhile("SETTINGS".__ne__, globals())  # all constants above
             if name.isupper() and name not in ("BPE", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
@@ -284,32 +284,38 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             return saved["notes"]
     elif (out / "model.pt").exists():
         why = "a model without its checkpoint.pt"
-    bpe = first_tokenizer(out)
+    bpe, kept = first_tokenizer(out), ""
     if why:
-        if any(path.is_relative_to(out) for path in [Path.cwd()] + [
-                text for text, _, _ in documents if isinstance(text, Path)]):
+        files = [text for text, _, _ in documents if isinstance(text, Path)]
+        if any(path.is_relative_to(out) for path in (Path.cwd(), *files)):
             raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}), which can't be "
                              f"renamed, as the text or the current folder is in it: give a new one")
-        old = next(path for n in range(1, sys.maxsize)
-                   if not os.path.lexists(path := out.with_name(f"{out.name}-{n}")))
+        n = 1
+        while os.path.lexists(old := out.with_name(f"{out.name}-{n}")):
+            n += 1
         out.rename(old)
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
-        why = f"; the old run is kept as {old}"
+        kept = f"; the old run is kept as {old}"
         out.mkdir()
         lock(out, held)
+    tokens = prepare(out, documents, bpe)
+    if min(tokens) < MAX_SEQ_LEN + 1:
+        raise ValueError(
+            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
+            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller one{kept}")
+    return {"settings": settings, "metrics": [],
+            "tokenizer_sha256": file_hash(out / "tokenizer.json")}
+
+
+def prepare(out: Path, documents: list[Document], bpe: BPE) -> list[int]:
+    """Write the tokenizer and the ids of both parts; returns how many ids each part has."""
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
         bpe.fit(part(documents, False, end))
     bpe.save(out / "tokenizer.json")
-    tokens = [bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
-              for held_out, name in ((False, "train.npy"), (True, "valid.npy"))]
-    if min(tokens) < MAX_SEQ_LEN + 1:
-        raise ValueError(
-            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
-            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller MAX_SEQ_LEN{why}")
-    return {"settings": settings, "metrics": [],
-            "tokenizer_sha256": file_hash(out / "tokenizer.json")}
+    return [bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
+            for held_out, name in ((False, "train.npy"), (True, "valid.npy"))]
 
 
 def first_tokenizer(out: Path) -> BPE:
@@ -343,7 +349,7 @@ def lock(out: Path, held: ExitStack) -> None:
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise ValueError(f"OUT_DIR={OUT_DIR!r} is in use by another train.py: wait for it, stop "
                          f"it, or give another folder") from None
     except (ImportError, OSError) as error:  # Windows, some network drives
