@@ -23,10 +23,11 @@ from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 
-# torch's Linux builds bring libgomp, whose threads spin while they wait for each other: beside other
-# programs that burns the time. With 10,000 turns in place of 300,000 a step takes, on two cores,
-# 23 ms (22 without this line) alone, 46 (91) beside two busy programs, 84 (226) beside four. It does
-# nothing once torch is imported, in a notebook say, nor on other systems; child processes inherit it.
+# torch's Linux builds bring libgomp, whose threads spin while they wait for each other: beside
+# other programs that burns the time. With 10,000 turns in place of 300,000 a step takes, on two
+# cores, 23 ms (22 without this line) alone, 46 (91) beside two busy programs, 84 (226) beside four.
+# Does nothing once torch is imported (in a notebook, say) or on other systems; child processes
+# inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -81,8 +82,8 @@ OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, metrics
 MAX_STEPS = 1200       # steps of training; raise it and run again to train longer
 EVAL_EVERY = 200       # steps between validations; a power cut loses at most this many
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is available
-COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower (E 384, 6 layers, T 256:
-                       # by a third in bf16), and its first step takes half a minute
+COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower (by a third in bf16,
+                       # E 384, 6 layers, T 256), and its first step takes half a minute
 # ------------------------------------------------------------------------------------------------
 
 
