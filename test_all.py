@@ -1745,7 +1745,7 @@ class TestSample(RunCase):
         for word, changes in (
             ("top_k=0", dict(TOP_K=0)), ("top_p=2", dict(TOP_P=2)),
             ("temperature=-1", dict(TEMPERATURE=-1)), ("NUM_SAMPLES=0", dict(NUM_SAMPLES=0)),
-            ("DEVICE='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
+            ("device='tpu9'", dict(DEVICE="tpu9")), ("max_new_tokens=-1", dict(MAX_NEW_TOKENS=-1)),
         ):
             with self.subTest(word), self.assertSays(ValueError, word):
                 self.sample(**changes)
