@@ -3408,10 +3408,12 @@ class TestBPE(Case):
             pass
 
         seen.clear()
-        with mock.patch.object(sys, "frozen", True, create=True):
+        start = "multiprocessing.process.BaseProcess.start"
+        with mock.patch.object(sys, "frozen", True, create=True), mock.patch(start) as starts:
             self.assertEqual(BPE(300).fit(texts()).merges, want)
+        starts.assert_not_called()
         self.assertEqual(Local(300).fit(texts()).merges, want)
-        with mock.patch("multiprocessing.process.BaseProcess.start", side_effect=OSError(11, "no")):
+        with mock.patch(start, side_effect=OSError(11, "no")):
             self.assertEqual(BPE(300).fit(texts()).merges, want)
         self.assertEqual(max(map(len, seen)), 0)
         if "fork" in multiprocessing.get_all_start_methods():
