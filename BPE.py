@@ -298,7 +298,7 @@ CLASS = r"\\[pP]\{\w+\}|\\[sS]"
 CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
 ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
                   r"|\(\?i:(?P<any>(?:['|a-zA-Z]|\[[a-zA-Z]+\])+)\)|(?P<group>\((?!\?))|\(\?[:=!>]"
-                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:,\d*)?\}}\??(?!\+)|(?![(^${{}}])(?:{CHARACTER})")
+                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:\}}|,\d*\}}\??)(?![+?])|(?![(^${{}}])(?:{CHARACTER})")
 
 
 def translate(item: re.Match) -> str:

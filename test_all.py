@@ -2551,7 +2551,7 @@ class TestBPE(Case):
         calls += [(lambda p=p: BPE(300, p).encode("xa ] b"), "pattern") for p in (
             r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,", r"a{1,3}+",
             r"a$", r"\p{Q}", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"a*(?=\s)|\S", r"[\s-z]",
-            r"[!-\p{L}]")]
+            r"[!-\p{L}]", r"a{2}?")]
         calls += [(lambda p=p: BPE(300, p), says + ": ") for p, says in (
             (r"a|\p{Han}+", r"\p{Han}"), ("aé", "é"), ("b[a&&b]", "[a&&b]"))]
         calls += [(lambda i=i: bpe.decode([97, i]), "is no id") for i in (-1, len(bpe), 1.5, "a")]
@@ -3060,10 +3060,12 @@ class TestBPE(Case):
             pass
 
         seen.clear()
-        with mock.patch.object(sys, "frozen", True, create=True):
+        start = "multiprocessing.process.BaseProcess.start"
+        with mock.patch.object(sys, "frozen", True, create=True), mock.patch(start) as starts:
             self.assertEqual(BPE(300).fit(texts()).merges, want)
+        starts.assert_not_called()
         self.assertEqual(Local(300).fit(texts()).merges, want)
-        with mock.patch("multiprocessing.process.BaseProcess.start", side_effect=OSError(11, "no")):
+        with mock.patch(start, side_effect=OSError(11, "no")):
             self.assertEqual(BPE(300).fit(texts()).merges, want)
         self.assertEqual(max(map(len, seen)), 0)
         if "fork" in multiprocessing.get_all_start_methods():
