@@ -59,7 +59,7 @@ GENERATION_SHAPES = {"small": (1024, 256, 128, 4, 4, 200),
                      "GPT-1 size": (40478, 512, 768, 12, 12, 32)}
 # V, T, B, E, H, layers, steps: train.py's constants, and a larger model
 BESIDE_SHAPES = [(train.VOCAB_SIZE, train.MAX_SEQ_LEN, train.BATCH_SIZE, train.EMB_SIZE,
-                  train.NUM_HEADS, train.NUM_LAYERS, 40), (2048, 256, 8, 384, 6, 6, 4)]
+                  train.NUM_HEADS, train.NUM_LAYERS, 60), (2048, 256, 8, 384, 6, 6, 4)]
 BUSY = [0, 2, 4]       # Python loops that never rest
 
 # The speedrun: train on the first 90 % of TEXT_FILE, validate on all of the rest. The aims are nats
@@ -415,7 +415,7 @@ def beside() -> None:
 from GetData import Batches, GetData
 from GPT import GPT
 model = GPT({V}, {T}, {E}, {H}, {E // H}, {layers}, 0.0)
-batches = Batches(GetData(torch.arange(200_000) % {V}, {T}), {B}, seed=0)
+batches = Batches(GetData(torch.arange(200_000) % {V}, {T}, stride={T}), {B}, seed=0)
 train.keep_memory()
 def work(steps):
     model.fit(batches, [(torch.zeros(1, 1).long(),) * 2], 1, 1e-4, max_steps=steps)"""

@@ -63,7 +63,7 @@ def main() -> None:
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
     start = bpe.encode(PROMPT or "\n", allow_special=True)
     steps = model.stream(torch.tensor([start] * samples), MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K,
-                         TOP_P, stop_token=end, generator=generator)  # yields ids (B,)
+                         TOP_P, generator=generator)  # yields ids (B,)
     rows = [[] for _ in range(samples)]  # the new tokens of each sample
     prompt = PROMPT.lstrip("\n")
     whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back partial ones
@@ -71,13 +71,16 @@ def main() -> None:
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the text
         print(prompt, end="", flush=True)
         for ids in steps:
+            shown = len(rows[0])
             for row, token in zip(rows, ids.tolist(), strict=True):
-                row.append(token)
-            if rows[0][-1] != end:
-                text = whole_characters.decode(bpe.decode_bytes(rows[0][-1:]))
-                print(text, end="", flush=True)
+                if row[-1:] != [end] and (row or token != end):  # an end before any text is none
+                    row.append(token)
+            new = [token for token in rows[0][shown:] if token != end]
+            print(whole_characters.decode(bpe.decode_bytes(new)), end="", flush=True)
+            if all(row[-1:] == [end] for row in rows):
+                break
     print(whole_characters.decode(b"", final=True))
-    rows = [row[: row.index(end)] if end in row else row for row in rows]
+    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
     for row in rows[1:]:
         print("-" * 80 + "\n" + prompt + bpe.decode(row))
     made = sum(map(len, rows))
