@@ -1719,9 +1719,10 @@ class TestSample(RunCase):
         seen, text = self.shown([[i] for i in tokens])
         self.assertEqual(seen, ["o"] * 4 + ["o🚀"] * 2 + ["o🚀é"] * 2)
         self.assertTrue(text.startswith("o🚀é\ufffd\n"))  # half a character was left at the end
-        # a document's end before any text isn't one; after all have ended, nothing more is asked for
-        seen, text = self.shown([[self.end, 105], [104, self.end], [105, 9], [self.end] * 2, [9, 9]],
-                                NUM_SAMPLES=2)
+        # a document's end before any text is none; after all have ended nothing more is asked for
+        end = self.end
+        steps = [[end, 105], [104, end], [105, 9], [end, end], [9, 9]]
+        seen, text = self.shown(steps, NUM_SAMPLES=2)
         self.assertEqual(seen, ["o", "o", "oh", "ohi"])
         self.assertRegex(text, r"^ohi\n-+\noi\n\n\[3 tokens")
         self.assertRegex(self.shown([[104], KeyboardInterrupt])[1], r"^oh\n\n\[1 tokens")  # Ctrl-C
@@ -1902,7 +1903,7 @@ class TestRunFolder(RunCase):
                 ("WARMUP_STEPS", 0.1, -1), ("WEIGHT_DECAY", -1), ("SEED", -1, None, 1 << 63),
                 ("MAX_SEQ_LEN", 0, 2.5), ("DROPOUT", "0.1", 1), ("NUM_HEADS", True, 0),
                 ("MAX_STEPS", 0), ("VOCAB_SIZE", 256), ("EVAL_TOKENS", 0), ("DTYPE", "fp16"),
-                ("DEVICE", "tpu9"), ("ACCUMULATE", 0), ("SPECIAL_TOKENS", ["a", "a"]),
+                ("DEVICE", "tpu9"), ("ACCUMULATE", 0), ("SPECIAL_TOKENS", ["a", "a"], ["<a b>"]),
                 ("INIT_FROM", {1})):
             for value in values:
                 self.assertFails(ValueError, f"{name}.*{re.escape(str(value))}", self.train,

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from BPE import BPE, read_text
+from BPE import CUT as cut_places
 from GetData import Batches, GetData
 from GPT import (
     GPT,
@@ -175,7 +176,10 @@ def check_constants(ranks: int) -> dict[str, str]:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {ranks} processes: pick a multiple of that")
     schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)
     pick_dtype(torch.device("cpu"), DTYPE)
-    BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
+    for name in BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS).special_tokens:
+        if cut_places.search("." + name, 2):  # read_text may end a piece there
+            raise ValueError(f"SPECIAL_TOKENS={SPECIAL_TOKENS!r}: {name!r} might be cut where a "
+                             f"text is read in pieces: write it without spaces, like <|user|>")
     with torch.device("meta"):  # a model on the meta device takes no memory
         build(VOCAB_SIZE, "meta")
     settings = {}
