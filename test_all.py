@@ -84,6 +84,9 @@ class Case(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
         random.seed(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and
+        if hasattr(signal, "SIGHUP"):  # those of nohup, ignore them
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
