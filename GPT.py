@@ -595,8 +595,8 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if "random_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    same = saved["weights"].keys() == model.state_dict().keys()  # if not, load_weights says more
-    if same and saved["kind"] != kind_of(optimizer):
+    check_weights(path, saved, model)
+    if saved["kind"] != kind_of(optimizer):
         raise ValueError(f"{path}: its optimizer is {saved['kind']}, not {kind_of(optimizer)}: use "
                          f"that one again, or give the checkpoint another name")
     load_weights(path, saved, model)
@@ -619,9 +619,9 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__} with groups of {groups} parameters"
 
 
-def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """Copy the file's weights into the model. ValueError, before anything is changed, naming those
-    that differ in name or shape. A line on stderr if the model's code was edited since."""
+def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
+    """ValueError, naming them, if some of the file's weights differ from the model's in name or
+    shape. The model may be on the meta device."""
     found, needed = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
                      for weights in (saved["weights"], model.state_dict()))
     if differ := [f"{name} is {found.get(name, 'missing')}, in the model it is "
@@ -630,8 +630,15 @@ def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
         raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): "
                          f"{'; '.join(differ[:4])}{'; …' * (len(differ) > 4)}. Build the model "
                          f"that was saved, or use another file")
+
+
+def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
+    """Copy the file's weights into the model, once check_weights has passed them. A line on stderr
+    if the model's code was edited since."""
+    check_weights(path, saved, model)
     model.load_state_dict(saved["weights"])
-    if saved.get("code", code_of(model)) != code_of(model) and process_rank()[0] == 0:
+    code = code_of(model)
+    if saved.get("code", code) != code and process_rank()[0] == 0:
         print(f"{path}: the model's code was edited since this file was written", file=sys.stderr)
 
 

@@ -41,6 +41,7 @@ from GetData import Batches, GetData
 from GPT import (
     GPT,
     check_number,
+    check_weights,
     load_weights,
     pick_device,
     pick_dtype,
@@ -315,7 +316,8 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
     if min(tokens) < MAX_SEQ_LEN + 1:
         raise ValueError(
             f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
-            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller one{kept}")
+            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller "
+            f"MAX_SEQ_LEN{kept}")
     return {"settings": settings, "metrics": [],
             "tokenizer_sha256": file_hash(out / "tokenizer.json")}
 
@@ -345,7 +347,8 @@ def first_tokenizer(out: Path) -> BPE:
     if saved["notes"].get("tokenizer_sha256") != file_hash(tokenizer):
         raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put the "
                          f"right one beside it")
-    load_weights(file, saved, build(len(bpe), "cpu"))  # do they fit?
+    with torch.device("meta"):
+        check_weights(file, saved, build(len(bpe), "meta"))
     say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
         f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
     return bpe
