@@ -2354,8 +2354,7 @@ class TestBPE(Case):
                 self.assertEqual([bpe.decode([i]) for i in bpe.encode(text)], words)
 
     def test_no_word_is_cut(self):
-        """Texts are read and split in pieces: no word crosses from one to the next, whatever stands
-        there. Of a pattern that the file doesn't know, no text is cut."""
+        """No word crosses from one piece of a text to the next; of other patterns none is cut."""
         Path("text.txt").write_text("one two, three\n" * 100_000)
         self.assertLess(max(map(len, read_text("text.txt"))), 500_000)
         self.enterContext(mock.patch.multiple(bpe_file, PIECE=8, READ_BYTES=100))
@@ -2530,7 +2529,7 @@ class TestBPE(Case):
         again, names = BPE.load("theirs.json"), [*ours.special_tokens]
         self.assertEqual(len(again), theirs.get_vocab_size())
         texts = [*NASTY, *EDGES, f"a {names[0]}b{names[-1]}e\u0301", "never made\nжж", "a" * 700,
-                 *(random_text(random, 40, EDGES + PARTS) for _ in range(40))]
+                 *(random_text(random, 99, EDGES + PARTS) for _ in range(40))]
         for text in (*texts, joined := "".join(texts)):
             ids = theirs.encode(text, add_special_tokens=False).ids
             with self.subTest(path=path, text=text[:30]):
@@ -2545,7 +2544,8 @@ class TestBPE(Case):
         names = ["<|endoftext|>", "<|end", "<|e\u0301|>"]
         self.enterContext(mock.patch.multiple(bpe_file, PIECE=30, READ_BYTES=100))
         for pattern in PATTERNS:
-            bpe = BPE(900, pattern, names).fit(self.corpus + "é か゚。 가 fi, 1⁄2;" * 9)
+            bpe = BPE(1200, pattern, names).fit(self.corpus + "".join(
+                unicodedata.normalize(form, "".join(EDGES)) * 9 for form in ("NFC", "NFKC")))
             bpe.save("t.json")
             vocab = json.loads(Path("t.json").read_bytes())["model"]["vocab"]
             tokens = [*vocab, "never", "Ġmade", "Ð¶Ð¶"]
@@ -2619,7 +2619,8 @@ class TestBPE(Case):
             *((f"{i!r}", i, "model", "vocab", "a") for i in (98, -1, "7", 2**31)),
             *((says, ["l o", entry], "model", "merges") for says, entry in (
                 ("nope", ["a", "nope"]), ("~", ["~", "~"]), ("", ["l", "o", "w"]), ("", "lo"))),
-            ("Ā", {}, "model", "vocab"), ("BPE", 5, "model", "merges"), ("BPE", 7, "model"),
+            ("Ā", dict(l=0, o=1, w=2, lo=3, low=4), "model", "vocab"),  # not all bytes
+            ("BPE", 5, "model", "merges"), ("BPE", 7, "model"),
             ("twice", ["l o", "l o"], "model", "merges"), ("Unigram", "Unigram", "model", "type"),
             ("id 5", 5, "added_tokens", 0, "id"), ("WordPiece", {"type": "WordPiece"}, "decoder"),
             *((name, forms("NFC", name), "normalizer") for name in ("NFD", "Lowercase")),
@@ -2750,8 +2751,7 @@ class TestBPE(Case):
         """)
 
     def test_workers_of_any_program(self):
-        """A script without a main guard; a program from stdin, after torch has run. The order in
-        which Python keeps a set's strings is another one in each, and changes nothing."""
+        """A script without a main guard; one from stdin, after torch; whatever the hash seed."""
         Path("script.py").write_text(self.WORK, "utf-8")
         torch_too = "import torch\ntorch.ones(500, 500) @ torch.ones(500, 500)" + self.WORK
         runs = []
