@@ -3422,22 +3422,21 @@ class Exercises(Case):
         """7. Attention.py: rotate(x, start=0) queries and keys; GPT.py: no learned positions."""
         from Attention import rotate
 
-        def turn(x, start, halves):  # two numbers are one complex number
-            T, D = x.shape[-2:]
-            angles = torch.arange(start, start + T)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
-            pairs = x.unflatten(-1, (2, -1)).mT if halves else x.unflatten(-1, (-1, 2))
-            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous())
-                                        * torch.polar(torch.ones_like(angles), angles))
-            return (turned.mT if halves else turned).flatten(-2)
+        def turn(x, start=0):  # numbers 0 and D/2, 1 and D/2 + 1, … or 0 and 1, 2 and 3, …
+            t, D = torch.arange(start, start + x.shape[-2]), x.shape[-1]
+            angles = t[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
+            a, b = (x.unflatten(-1, (2, -1)) if halves else x.unflatten(-1, (-1, 2)).mT).unbind(-2)
+            turned = torch.stack((a * angles.cos() - b * angles.sin(),
+                                  a * angles.sin() + b * angles.cos()), -2)
+            return (turned if halves else turned.mT).flatten(-2)
 
-        x = torch.randn(2, 3, 9, 8)  # (B, H, T, D)
-        halves = (rotate(x) - turn(x, 0, True)).abs().max() < 1e-4  # else pairs (0, 1), (2, 3), …
+        x, halves = torch.randn(2, 3, 9, 8), True  # (B, H, T, D)
+        halves = bool((rotate(x) - turn(x)).abs().max() < 1e-4)
         for start in (0, 5):
-            self.assertClose(rotate(x, start), turn(x, start, halves), 1e-4)
+            self.assertClose(rotate(x, start), turn(x, start), 1e-4)
         head, x = HeadAttention(6, 8, 16, num_heads=3), torch.randn(2, 9, 6)
         q, k, v = head.qkv(x).view(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4)
-        q, k = turn(q, 0, halves), turn(k, 0, halves)
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        expected = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
         self.assertClose(head.weights(x) @ v, expected, 1e-4)
         cache = KVCache(2, 3, 16, 8)
         parts = [head(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 9))]
