@@ -3213,7 +3213,7 @@ class TestGPT1(RunCase):
             return [{"generated_text": bpe.decode([n for n in written[0].tolist() if n != end])}]
 
         self.assertEqual(write("The q", do_sample=False), ours("The q", None))
-        prompts = ["T", "w", "o"]  # of one token each
+        prompts = ["T", "o", "w" if self.hf.__version__ < "5" else "The q"]  # 4 can't pad GPT-1
         self.assertEqual(write(prompts, do_sample=False, max_new_tokens=12, batch_size=2),
                          [ours(prompt, 12) for prompt in prompts])
 
