@@ -27,7 +27,6 @@ from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
 from numbers import Integral, Real
-from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -133,9 +132,9 @@ class GPT(nn.Module):
         Beyond max_seq_len only the last max_seq_len tokens are seen. ValueError for arguments out
         of range, an empty or invalid prompt, and a model whose logits are no longer finite.
         """
-        steps = self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
-                            stop_token=stop_token, use_cache=use_cache, generator=generator)
-        return torch.cat([x.to(self.device), *(new[:, None] for new in steps)], dim=1)
+        new = [*self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
+                            stop_token=stop_token, use_cache=use_cache, generator=generator)]
+        return torch.cat([x.to(self.device), *(ids[:, None] for ids in new)], dim=1)
 
     def stream(self, x: Tensor, max_new_tokens: int, do_sample: bool, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, *,
@@ -234,7 +233,10 @@ class GPT(nn.Module):
         accumulate = whole_number("accumulate", accumulate)
         grad_clip = check_number("grad_clip", grad_clip, infinite=True)
         weight_decay = check_number("weight_decay", weight_decay, zero=True)
-        pass_steps = -(-length_hint(train_loader) // accumulate)  # 0 if it has no length
+        try:
+            pass_steps = -(-len(train_loader) // accumulate)
+        except TypeError:  # a generator; a DataLoader of a stream, though it has a __len__
+            pass_steps = 0
         if max_steps is None and not pass_steps:
             raise ValueError("max_steps=None: set it, the train_loader has no length or no batch")
         total_steps = whole_number("num_epochs", num_epochs) * pass_steps
