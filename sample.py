@@ -40,10 +40,6 @@ PICTURES = False       # True: draw the tokens and the attention of PROMPT, and 
 
 def main() -> None:
     out = Path(OUT_DIR)
-    for file in (out / "model.pt", out / "tokenizer.json"):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: run python train.py first, or set "
-                                    f"OUT_DIR to the folder of a run")
     samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)

@@ -125,7 +125,10 @@ def run(held: ExitStack) -> None:
     model.notes = notes
     dtype = pick_dtype(device, DTYPE)
     if rank == 0:
-        describe(model, f"{dtype}, processes: {ranks}", len(train_ids), len(valid_ids))
+        tokens = MAX_STEPS * BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN
+        say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {dtype}"
+            f", processes: {ranks}; {len(train_ids):,} tokens to train on, {len(valid_ids):,} held "
+            f"out; {MAX_STEPS:,} steps: {tokens / len(train_ids):.2g} passes over the text")
 
     def on_eval(metrics: dict) -> None:
         bits = metrics["valid_loss"] * bits_per_nat
@@ -165,32 +168,28 @@ def build(vocab_size: int, device: torch.device | str) -> GPT:
 def check_constants(ranks: int) -> dict[str, str]:
     """The constants that make a run, as text by name. ValueError for one out of range."""
     here = globals()
-    for name in ("VOCAB_SIZE", "MAX_SEQ_LEN", "EMB_SIZE", "NUM_HEADS", "HEAD_SIZE", "NUM_LAYERS",
-                 "BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "EVAL_EVERY", "EVAL_TOKENS"):
+    for name in ("BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "EVAL_EVERY", "EVAL_TOKENS"):
         if name != "EVAL_TOKENS" or EVAL_TOKENS is not None:
             whole_number(name, here[name])
-    for name in ("DROPOUT", "WEIGHT_DECAY"):
-        check_number(name, here[name], zero=True)
-    if whole_number("SEED", SEED, at_least=0) >= 1 << 63:
-        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
     if BATCH_SIZE % ranks:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {ranks} processes: pick a multiple of that")
+    whole_number("SEED", SEED, at_least=0)
+    check_number("WEIGHT_DECAY", WEIGHT_DECAY, zero=True)
     schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)
     pick_dtype(torch.device("cpu"), DTYPE)
+    with torch.device("meta"):  # where a model takes no memory
+        build(VOCAB_SIZE, "meta")
     for name in BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS).special_tokens:
         if cut_places.search("." + name, 2):  # read_text may end a piece there
             raise ValueError(f"SPECIAL_TOKENS={SPECIAL_TOKENS!r}: {name!r} might be cut where a "
                              f"text is read in pieces: write it without spaces, like <|user|>")
-    with torch.device("meta"):  # a model on the meta device takes no memory
-        build(VOCAB_SIZE, "meta")
     settings = {}
     for name in SETTINGS:  # as text that is the same in the next process
         try:
             settings[name] = json.dumps(here[name], default=lambda value: (
                 value.item() if isinstance(value, np.generic) else
-                str(value) if isinstance(value, Path) else
-                value.__qualname__))  # of a function or a class
-        except (TypeError, AttributeError):
+                getattr(value, "__qualname__", None) or os.fspath(value)))
+        except TypeError:
             raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, a "
                              f"list of these, a function or a class; else put it below SETTINGS"
                              ) from None
@@ -217,9 +216,6 @@ def find_text() -> list[Document]:
         texts = [Path(file).resolve() for file in ([DATA_FILE] if one else DATA_FILE)]
     documents = []
     for text in texts:
-        if isinstance(text, Path) and not text.is_file():
-            raise FileNotFoundError(f"DATA_FILE: {text} is not a file; give a path or a list of "
-                                    f"paths, such as sorted(Path('folder').glob('*.txt'))")
         with open(text, "rb") if isinstance(text, Path) else io.BytesIO(text) as file:
             size = file.seek(0, os.SEEK_END)
             point = file.seek(size * 9 // 10)
@@ -298,7 +294,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             return saved["notes"]
     elif (out / "model.pt").exists():
         why = "a model without its checkpoint.pt"
-    bpe, kept = first_tokenizer(out), ""
+    bpe = first_tokenizer(out)
     if why:
         files = [text for text, _, _ in documents if isinstance(text, Path)]
         if any(path.is_relative_to(out) for path in (Path.cwd(), *files)):
@@ -309,28 +305,22 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             n += 1
         out.rename(old)
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
-        kept = f"; the old run is kept as {old}"
         out.mkdir()
         lock(out, held)
-    tokens = prepare(out, documents, bpe)
-    if min(tokens) < MAX_SEQ_LEN + 1:
-        raise ValueError(
-            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
-            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller "
-            f"MAX_SEQ_LEN{kept}")
+    prepare(out, documents, bpe)
     return {"settings": settings, "metrics": [],
             "tokenizer_sha256": file_hash(out / "tokenizer.json")}
 
 
-def prepare(out: Path, documents: list[Document], bpe: BPE) -> list[int]:
-    """Write the tokenizer and the ids of both parts; returns how many ids each part has."""
+def prepare(out: Path, documents: list[Document], bpe: BPE) -> None:
+    """Write the tokenizer and the ids of both parts."""
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
         bpe.fit(part(documents, False, end))
     bpe.save(out / "tokenizer.json")
-    return [bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
-            for held_out, name in ((False, "train.npy"), (True, "valid.npy"))]
+    for held_out, name in ((False, "train.npy"), (True, "valid.npy")):
+        bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
 
 
 def first_tokenizer(out: Path) -> BPE:
@@ -453,14 +443,6 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None:
-    """Say what is trained, on what, and how often the text is read."""
-    tokens = MAX_STEPS * BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {model.device}, "
-        f"{how}; {train_tokens:,} tokens to train on, {valid_tokens:,} held out\n"
-        f"{MAX_STEPS:,} steps: {tokens:,} tokens: {tokens / train_tokens:.2g} passes over the text")
-
-
 def report(out: Path, rows: list[dict]) -> None:
     """Print the best result of the run, a sample, where everything lies, and the next command."""
     model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
@@ -468,7 +450,7 @@ def report(out: Path, rows: list[dict]) -> None:
     try:
         draw_losses(out / "loss.png", rows, best)
     except Exception as error:  # a failed picture must not end a run
-        say(f"no loss.png: {type(error).__name__}: {error}")
+        say(f"no loss.png; it needs matplotlib (pip install matplotlib): {error}")
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
                          generator=torch.Generator().manual_seed(int(SEED)))[0, start.shape[1]:]
@@ -488,27 +470,21 @@ next                  python sample.py{where}""")
 
 
 def draw_losses(path: Path, rows: list[dict], best: dict) -> None:
-    """Draw both losses over tokens, for white and dark pages."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # unlike pyplot, it has no global state
-    except ImportError:
-        return say("no loss.png: it needs matplotlib (pip install matplotlib)")
+    """Draw both losses over tokens."""
+    from matplotlib.figure import Figure  # unlike pyplot, it has no global state
+
     tokens = [int(row["tokens"]) for row in rows]
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
-        figure = Figure(figsize=(8.3, 4.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(tokens, [float(row["train_loss"]) for row in rows],
-                  label="training, mean since the last validation")
-        axes.plot(tokens, [float(row["valid_loss"]) for row in rows], label="held-out text")
-        axes.plot(int(best["tokens"]), float(best["valid_loss"]), "o", color="C1",
-                  label=f"best: {float(best['valid_loss']):.3f}")
-        axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-        axes.legend(framealpha=0)
-        figure.savefig(path, dpi=150, transparent=True)
+    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, [float(row["train_loss"]) for row in rows], label="training")
+    axes.plot(tokens, [float(row["valid_loss"]) for row in rows], label="held-out text")
+    axes.plot(int(best["tokens"]), float(best["valid_loss"]), "o", color="C1",
+              label=f"best: {float(best['valid_loss']):.3f}")
+    axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)  # on white, so readable on a dark page, too
 
 
 if __name__ == "__main__":
