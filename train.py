@@ -149,6 +149,9 @@ def run(locks: ExitStack) -> None:
                   weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
+        came = [[] for _ in range(ranks)]
+        dist.all_gather_object(came, signals)  # one rank alone may have been told to stop
+        signals = sum(came, [])
         dist.destroy_process_group()
     if rank > 0:
         return
