@@ -3204,8 +3204,9 @@ class TestGPT1(RunCase):
             self.assertEqual(write.tokenizer(text).input_ids, ids, repr(text))
             self.assertEqual(write.tokenizer.decode(ids), bpe.decode(ids), repr(text))
         settings = json.loads(Path("out/huggingface/tokenizer_config.json").read_text("utf-8"))
-        self.assertEqual(settings["tokenizer_class"], "PreTrainedTokenizerFast")  # 4 and 5 know it
-        self.assertIs(settings["clean_up_tokenization_spaces"], False)  # JavaScript's is True
+        self.assertLessEqual(dict(  # transformers 4 knows this class; JavaScript's default is True
+            tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
+            padding_side="left").items(), settings.items())
 
         def ours(prompt, new):
             ids = torch.tensor([bpe.encode(prompt)])
