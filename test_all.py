@@ -161,19 +161,14 @@ def tiny_gpt(cls=GPT, **changes):
     return model
 
 
-def counting_batches(n=10, batch=4, T=8, V=40):
+def counting_batches(n=10, batch=4):
     """Batches of a language that just counts: token t is followed by t + 1."""
-    starts = torch.arange(n * batch).view(n, batch, 1) * 7
-    runs = (starts + torch.arange(T + 1)) % V
+    runs = (torch.arange(n * batch).view(n, batch, 1) * 7 + torch.arange(9)) % 40
     return [(run[:, :-1], run[:, 1:]) for run in runs]
 
 
 def modes(model):
     return [module.training for module in model.modules()]
-
-
-SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1,
-             dropout=0.1)
 
 
 class TestBadInput(Case):
@@ -183,7 +178,7 @@ class TestBadInput(Case):
         model, batches = tiny_gpt(), counting_batches(2)
         model.save("m.pt")
         for call, good, bad in (
-            (GPT, SIZES, {name: (0, -1, 1.5, True, "4") for name in SIZES} | {
+            (GPT, model.sizes, {name: (0, -1, 1.5, True, "4") for name in model.sizes} | {
                 "dropout": (-0.1, 1.0, math.nan)}),
             (model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True), dict(
                 max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf, "1"),
@@ -204,8 +199,8 @@ class TestBadInput(Case):
         nan.linear.bias.data[3] = math.nan
         model.save("m.pt")
 
-        def fit(train_loader, valid_loader=batches, net=model, **options):
-            net.fit(train_loader, valid_loader, 2, 1e-3, **options)
+        def fit(train_loader, valid_loader=batches, max_steps=None, net=model):
+            net.fit(train_loader, valid_loader, 2, 1e-3, max_steps=max_steps)
 
         def spoilt(part, bad):
             new = [ids.clone() for ids in batches[1]]
@@ -224,14 +219,14 @@ class TestBadInput(Case):
             *((model.generate, (torch.tensor([[1, bad]]), 1, True), f"id {bad}", "0 to 39")
               for bad in (40, -1)),
             *((nan.generate, (ids, 1, do_sample), "finite") for do_sample in (True, False)),
-            (fit, (iter(batches),), "max_steps"),  # without a length
-            (functools.partial(fit, max_steps=7), (iter(batches),), "train_loader"),  # too short
+            (fit, (iter(batches),), "max_steps"),
+            (fit, (iter(batches), batches, 7), "train_loader"),  # too few
             (fit, ([],), "train_loader"), (fit, (batches, []), "valid_loader"),
             *((fit, ([(x.to(dtype), y) for x, y in batches],), str(dtype))
               for dtype in (torch.float32, torch.bool)),
             *((fit, (spoilt(part, bad),), f"id {bad}", "0 to 39")  # -100: cross_entropy skips it
               for part in (0, 1) for bad in (40, -1, -100)),
-            (fit, (batches, batches, GPT.load("m.pt", dtype="bf16")), "bf16", "fp32"),  # too coarse
+            (fit, (batches, batches, 1, GPT.load("m.pt", dtype="bf16")), "bf16", "fp32"),
         ):
             with self.subTest(words=words), self.assertSays(ValueError, *words):
                 call(*arguments)
@@ -321,8 +316,8 @@ class TestGPT(Case):
 
     def test_formula(self):
         model, x = tiny_gpt(num_layers=3).eval(), torch.randint(40, (2, 9))
-        h = model.token_embeddings.embedding.weight[x]
-        h = h + model.positional_embeddings.embedding.weight[:9]
+        tokens, positions = model.token_embeddings.embedding, model.positional_embeddings.embedding
+        h = tokens.weight[x] + positions.weight[:9]
         for block in model.decoders:
             h = block(h)
         self.assertClose(model(x), h @ model.linear.weight.T + model.linear.bias, 1e-4)
@@ -336,7 +331,6 @@ class TestGPT(Case):
                 self.assertEqual(weight.count_nonzero(), 0, name)
 
     def test_dropout_is_the_share_that_is_zero(self):
-        """Of the embeddings' sum and of each sub-layer's output, in training."""
         def count(layer, inputs, out=None):
             shares.append(((inputs[0] if out is None else out) == 0).float().mean().item())
 
@@ -458,7 +452,6 @@ class TestGPTLoaded(Case):
             "forward": lambda self, x: 2 * F.linear(x, self.weight, self.bias)})
         for n, edit in enumerate((
             lambda ffn: patch(FeedForward, "forward", lambda self, x: self.expand(x)[..., :256]),
-            lambda ffn: patch(nn.Dropout, "forward", lambda self, x: x.roll(1, -1)),
             lambda ffn: patch(ffn.expand, "forward", lambda x: F.linear(x, ffn.expand.weight)),
             lambda ffn: ffn.register_forward_hook(lambda layer, x, y: y * 99),
             lambda ffn: ffn.expand.register_forward_pre_hook(lambda layer, x: 2 * x[0]),
@@ -720,15 +713,14 @@ class TestGPTCheckpoint(TrainedCase):
     def test_resume_at_every_step_is_exact(self):
         """Of this model, and of those that people make from it, which then load and write."""
         for cls, stops in ((GPT, range(1, 9)), (Edited, [2]), (with_optimizer(Counting), [2])):
-            path, whole_path = f"{cls.__name__}.pt", f"{cls.__name__}-whole.pt"
-            whole = self.train(whole_path, cls)
+            whole = self.train(f"{cls.__name__}.pt", cls)
             for k in stops:
-                Path(path).unlink(missing_ok=True)
+                path = f"{cls.__name__}{k}.pt"
                 self.assertEqual(self.train(path, cls, stop_after=k).metrics[-1]["step"], k)
                 torch.randn(7)
                 resumed = self.train(path, cls)
                 self.assertEqual(resumed.steps, 9 - k)
-                saved, expected = read_file(path), read_file(whole_path)
+                saved, expected = read_file(path), read_file(f"{cls.__name__}.pt")
                 self.assertEqual(len(resumed.losses[0]), len(whole.losses[0]) + k % 2)
                 if k % 2:  # the stop was one more validation
                     del saved["run"], expected["run"]
@@ -737,7 +729,6 @@ class TestGPTCheckpoint(TrainedCase):
                                      [m["best"] for m in resumed.metrics])
                 self.assertSame(expected, saved, f"{path}, stopped after step {k}: ")
             x, state, loaded = torch.tensor([[1, 8], [3, 4]]), torch.get_rng_state(), cls.load(path)
-            self.assertIs(type(loaded), cls)
             self.assertSame(torch.get_rng_state(), state)
             self.assertSame(loaded(x), whole.model.eval()(x))
             self.assertSame(loaded.generate(x, 15, False), plain_greedy(loaded, x, 15))
@@ -791,13 +782,12 @@ class TestGPTCheckpoint(TrainedCase):
         self.train("sgd.pt", sgd, stop_after=1)
         self.train("c.pt", stop_after=1)
         saved = read_file("c.pt")
-        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "run")}
         for content, cls, calls, *words in (
             (saved, Edited, "fit load", "last_norm.weight", "(16,)"),
             *((saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, "fit load",
                name, "(39,)") for name in ("surplus", "linear.bias")),
             (read_file("sgd.pt"), GPT, "fit", "SGD", "AdamW"), (saved, sgd, "fit", "SGD", "AdamW"),
-            (old, GPT, "fit", "older"),
+            ({k: v for k, v in saved.items() if k != "random_states"}, GPT, "fit", "older"),
             *((saved | {"sizes": saved["sizes"] | {name: value}}, GPT, "load", *words)
               for name, value, *words in (
                   ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2"),
