@@ -387,6 +387,7 @@ class TestGPTGenerate(Case):
         for greedy in (*({"temperature": t} for t in (0, 0.0, 1e-320, 1e-45, 1e-8)),
                        {"top_k": 1}, {"top_p": 1e-9}):
             self.assertSame(model.generate(x, 8, True, **greedy), model.generate(x, 8, False))
+        self.assertEqual((keep_top_p(torch.zeros(1, 9), 1e-9) > -math.inf).sum(), 1)
         self.assertSame(model.generate(x, 0, True), x)
         with torch.autocast("cpu", torch.bfloat16):
             self.assertEqual(model.generate(x, np.int64(20), True, np.float32(0.5), np.int64(
@@ -511,8 +512,6 @@ def one_of_two_ranks(rank, address):
 
 
 class TrainedCase(Case):
-    """Runs to which everything that a checkpoint must hold matters."""
-
     def train(self, checkpoint, cls=GPT, stop_after=None, steps=9, lr=1e-2, model=None, **options):
         """Steps of 3 batches, 14 batches in a pass; dropout; a validation that draws. Returns the
         model, its losses and metrics, the rates of each step's groups."""
