@@ -149,21 +149,14 @@ def tiny_gpt(cls=GPT, **changes):
     return model
 
 
-def counting_batches(n=10, batch=4, T=8, V=40):
+def counting_batches(n=10, batch=4):
     """Batches of a language that just counts: token t is followed by t + 1."""
-    starts = torch.arange(n * batch).view(n, batch, 1) * 7
-    runs = (starts + torch.arange(T + 1)) % V
+    runs = (torch.arange(n * batch).view(n, batch, 1) * 7 + torch.arange(9)) % 40
     return [(run[:, :-1], run[:, 1:]) for run in runs]
 
 
-def shuffling_loader(n=4):
-    """A DataLoader that draws from torch's generator and has no batch(k): 2·n batches of 2."""
-    items = [(x[row], y[row]) for x, y in counting_batches(n) for row in range(4)]
-    return torch.utils.data.DataLoader(items, 2, shuffle=True)
-
-
-SIZES = dict(vocab_size=10, max_seq_len=8, emb_size=8, num_heads=2, head_size=4, num_layers=1,
-             dropout=0.1)
+def modes(model):
+    return [module.training for module in model.modules()]
 
 
 class TestBadInput(Case):
@@ -171,61 +164,58 @@ class TestBadInput(Case):
 
     def test_arguments(self):
         model, batches = tiny_gpt(), counting_batches(2)
-        self.assertRefused(GPT, SIZES, {name: (0, -1, 1.5, True, "4") for name in SIZES} | {
-            "dropout": (-0.1, 1.0, math.nan)})
-        self.assertRefused(model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True),
-                           dict(max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf,
-                                "1"), top_k=(0, -1, True, 2.0), top_p=(0, -0.1, 1.1, math.nan),
-                                stop_token=(-1, 1.5)))
-        self.assertRefused(
-            model.fit, dict(train_loader=batches, valid_loader=batches, num_epochs=1,
-                            learning_rate=1e-3),
-            dict(num_epochs=(0, -1, 1.5), learning_rate=(0, -1, math.nan, math.inf),
-                 max_steps=(0, 2.5), warmup_steps=(-1, 0.5), weight_decay=(-1, math.nan),
-                 grad_clip=(0, -1, math.nan), accumulate=(0, 1.5), eval_every=(0, -3),
-                 dtype=("fp16", None)))
         model.save("m.pt")
-        self.assertRefused(GPT.load, dict(path="m.pt"), dict(dtype=("fp16", None)))
+        for call, good, bad in (
+            (GPT, model.sizes, {name: (0, -1, 1.5, True, "4") for name in model.sizes} | {
+                "dropout": (-0.1, 1.0, math.nan)}),
+            (model.generate, dict(x=batches[0][0], max_new_tokens=1, do_sample=True), dict(
+                max_new_tokens=(-1, 1.5, True), temperature=(-1, math.nan, math.inf, "1"),
+                top_k=(0, -1, True, 2.0), top_p=(0, -0.1, 1.1, math.nan), stop_token=(-1, 1.5))),
+            (model.fit, dict(train_loader=batches, valid_loader=batches, num_epochs=1,
+                             learning_rate=1e-3), dict(
+                num_epochs=(0, -1, 1.5), learning_rate=(0, -1, math.nan, math.inf),
+                max_steps=(0, 2.5), warmup_steps=(-1, 0.5), weight_decay=(-1, math.nan),
+                grad_clip=(0, -1, math.nan), accumulate=(0, 1.5), eval_every=(0, -3),
+                dtype=("fp16", None))),
+            (GPT.load, dict(path="m.pt"), dict(dtype=("fp16", None))),
+        ):
+            self.assertRefused(call, good, bad)
 
     def test_data(self):
-        tokens, positions, gpt = TokenEmbeddings(7, 5), PositionalEmbeddings(9, 5), GPT(**SIZES)
+        tokens, positions, nan = TokenEmbeddings(7, 5), PositionalEmbeddings(9, 5), tiny_gpt()
         model, batches, ids = tiny_gpt(), counting_batches(2), torch.tensor([[1, 2]])
-        model.save("m.pt")
-        nan = tiny_gpt()
         nan.linear.bias.data[3] = math.nan
+        model.save("m.pt")
 
-        def fit(train_loader, valid_loader=batches, num_epochs=2, **options):
-            model.fit(train_loader, valid_loader, num_epochs, 1e-3, **options)
+        def fit(train_loader, valid_loader=batches, max_steps=None, net=model):
+            net.fit(train_loader, valid_loader, 2, 1e-3, max_steps=max_steps)
 
-        rows = [  # what is called, its arguments, words of the message
-            (tokens, (torch.tensor([[0, 7]]),), ("7", "0 to 6")),
-            (tokens, (torch.tensor([[-1, 0]]),), ("-1", "0 to 6")),
-            (tokens, (torch.zeros(1, 2),), ("float32",)),
-            *((positions, (seq_len, start), (f"seq_len={seq_len}", f"start={start}", "max_seq_len"))
-              for seq_len, start in ((10, 0), (1, 9), (0, 0), (2, -1))),
-            (HeadAttention(8, 4, 8), (torch.zeros(1, 9, 8),), ("9 tokens", "max_seq_len is 8")),
-            (gpt, (torch.zeros(1, 9, dtype=torch.long),), ("max_seq_len", "9")),
-            (gpt, (torch.tensor([1, 2, 3]),), ("(3,)", "(B, T)")),
-            *((model.generate, (x, 1, True), ("prompt",))
+        def spoilt(part, bad):
+            new = [ids.clone() for ids in batches[1]]
+            new[part][0, 3] = bad
+            return [batches[0], new]
+
+        for call, arguments, *words in (
+            *((tokens, (torch.tensor([[0, bad]]),), str(bad), "0 to 6") for bad in (7, -1)),
+            *((positions, bad, f"seq_len={bad[0]}", f"start={bad[1]}", "max_seq_len")
+              for bad in ((10, 0), (1, 9), (0, 0), (2, -1))),
+            (HeadAttention(8, 4, 8), (torch.zeros(1, 9, 8),), "9", "max_seq_len", "8"),
+            (model, (torch.zeros(1, 13).long(),), "13", "max_seq_len", "12"),
+            (model, (ids[0],), "(2,)", "(B, T)"),
+            *((model.generate, (x, 1, True), "prompt")
               for x in (ids[0], ids[:, :0], ids[:0], ids.float(), [[1, 2]])),
-            *((model.stream, (torch.tensor([[1, x]]), 1, True), (f"id {x}", "0 to 39"))
-              for x in (40, -1)),  # at the call, not at the first token
-            (model.stream, (ids, 1, True, 1.0, 0), ("top_k",)),
-            (fit, (iter(batches),), ("max_steps",)),  # without a length
-            (lambda: fit(iter(batches), max_steps=7), (), ("train_loader", "only once")),
-            (fit, ([],), ("train_loader",)),
-            (fit, (batches, []), ("valid_loader", "only once")),
-            *((fit, ([(x.to(dtype), y) for x, y in batches],), (str(dtype), "x.long()"))
+            *((model.generate, (torch.tensor([[bad] + 12 * [1]]), 1, True), f"id {bad}", "0 to 39")
+              for bad in (40, -1)),  # though the window doesn't show it
+            *((nan.generate, (ids, 1, do_sample), "finite") for do_sample in (True, False)),
+            (fit, (iter(batches),), "max_steps"),
+            (fit, (iter(batches), batches, 7), "train_loader"),  # too few
+            (fit, ([],), "train_loader"), (fit, (batches, []), "valid_loader"),
+            *((fit, ([(x.to(dtype), y) for x, y in batches],), str(dtype))
               for dtype in (torch.float32, torch.bool)),
-            (GPT.load("m.pt", dtype="bf16").fit, (batches, batches, 1, 1e-3),
-             ("bf16", 'dtype="fp32"')),  # weights too coarse to train
-            *((nan.generate, (ids, 1, do_sample), ("not finite",)) for do_sample in (True, False)),
-        ]
-        for bad, part in itertools.product((40, -1, -100), (0, 1)):  # -100: cross_entropy skips it
-            spoilt = counting_batches(2)
-            spoilt[1][part][0, 3] = bad
-            rows.append((fit, (spoilt,), (f"id {bad}", "0 to 39")))
-        for call, arguments, words in rows:
+            *((fit, (spoilt(part, bad),), f"id {bad}", "0 to 39")  # -100: cross_entropy skips it
+              for part in (0, 1) for bad in (40, -1, -100)),
+            (fit, (batches, batches, 1, GPT.load("m.pt", dtype="bf16")), "bf16", "fp32"),
+        ):
             with self.subTest(words=words), self.assertSays(ValueError, *words):
                 call(*arguments)
 
@@ -233,187 +223,93 @@ class TestBadInput(Case):
 class TestEmbeddings(Case):
     test_doctests = doctests_of("Embeddings")
 
-    def test_equals_one_hot_product(self):
-        embed = TokenEmbeddings(7, 5)
-        x = torch.randint(7, (3, 4))
+    def test_rows_of_the_tables(self):
+        table, x = TokenEmbeddings(7, 5), torch.randint(7, (3, 4))
         for dtype in (torch.int64, torch.int32, torch.uint8):
-            self.assertClose(embed(x.to(dtype)), F.one_hot(x, 7).float() @ embed.embedding.weight)
-
-    def test_positions(self):
-        embed = PositionalEmbeddings(9, 5)
-        for start, T in itertools.product(range(9), range(1, 10)):
-            if start + T <= 9:
-                expected = embed.embedding(torch.arange(start, start + T))
-                self.assertTrue(torch.equal(embed(T, start), expected))
-        self.assertTrue(embed(3).requires_grad)  # learned
+            self.assertClose(table(x.to(dtype)), F.one_hot(x, 7).float() @ table.embedding.weight)
+        table = PositionalEmbeddings(9, 5)
+        for start, T in ((0, 1), (0, 9), (2, 5), (8, 1)):
+            self.assertSame(table(T, start), table.embedding(torch.arange(start, start + T)))
+            self.assertTrue(table(T, start).requires_grad)  # learned
 
 
 class TestAttention(Case):
     test_doctests = doctests_of("Attention")
 
-    def test_formula_equals_torch(self):
-        q, k, v = torch.randn(3, 2, 4, 6, 5, requires_grad=True)
-        ours, weights = attention(q, k, v, causal_mask(6, 6, q))
-        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self.assertClose(ours, theirs)
-        self.assertClose(weights.sum(-1), torch.ones(2, 4, 6))
-        self.assertEqual(weights.triu(1).abs().max(), 0)
-        grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]
-        for a, b in zip(*grads, strict=True):
-            self.assertClose(a, b)
-
-    def test_heads_batched_equal_heads_one_by_one(self):
-        H, E, D = 3, 10, 4  # H·D need not equal E
-        many = MultiHeadAttention(H, E, D, 8, dropout=0.0)
-        x = torch.randn(2, 6, E)
-        outs = []
+    def test_equals_the_formula_head_by_head(self):
+        H, E, D, T = 3, 10, 4, 7  # H·D need not equal E
+        layer, x, outs = MultiHeadAttention(H, E, D, 8, dropout=0.0), torch.randn(2, T, E), []
+        mask = torch.full((T, T), -math.inf).triu(1)
         for h in range(H):
-            one = HeadAttention(E, D, 8)
-            rows = torch.cat([torch.arange(h * D, (h + 1) * D) + part * H * D for part in range(3)])
-            one.qkv.load_state_dict({"weight": many.heads.qkv.weight[rows],
-                                     "bias": many.heads.qkv.bias[rows]})
-            outs.append(one(x))
-        self.assertClose(many(x), many.linear(torch.cat(outs, -1)))
+            q, k, v = layer.heads.qkv(x).view(2, T, 3, H, D)[:, :, :, h].unbind(2)
+            weights = (q @ k.mT / math.sqrt(D) + mask).softmax(-1)
+            self.assertClose(layer.weights(x)[:, h], weights)
+            outs.append(weights @ v)
+        self.assertClose(layer(x), layer.linear(torch.cat(outs, -1)))
 
-    def test_equals_torch_multihead_forward_and_gradients(self):
-        E, H = 12, 3
-        ours = MultiHeadAttention(H, E, E // H, 8, dropout=0.0)
-        theirs = nn.MultiheadAttention(E, H, batch_first=True)
-        theirs.load_state_dict(
-            {"in_proj_weight": ours.heads.qkv.weight, "in_proj_bias": ours.heads.qkv.bias,
-             "out_proj.weight": ours.linear.weight, "out_proj.bias": ours.linear.bias})
-        x1 = torch.randn(2, 7, E, requires_grad=True)
-        x2 = x1.detach().clone().requires_grad_()
-        mask = torch.ones(7, 7).triu(1).bool()
-        expected, weights = theirs(x2, x2, x2, attn_mask=mask, average_attn_weights=False)
-        self.assertClose(ours(x1), expected)
-        self.assertClose(ours.weights(x1), weights)
-        ours(x1).square().sum().backward()
-        expected.square().sum().backward()
-        self.assertClose(x1.grad, x2.grad, 1e-4)
-        self.assertClose(ours.heads.qkv.weight.grad, theirs.in_proj_weight.grad, 1e-4)
-
-    def test_bfloat16_agrees(self):
-        head = HeadAttention(8, 4, 16, num_heads=2)
-        x = torch.randn(2, 9, 8)
-        expected = head(x)
-        head.bfloat16()
-        for learning in (True, False):
-            with torch.set_grad_enabled(learning):
-                self.assertClose(head(x.bfloat16()).float(), expected, 0.03)
-
-    def test_future_does_not_leak(self):
-        layer = MultiHeadAttention(2, 8, 4, 16, dropout=0.0)
-        x = torch.randn(1, 9, 8)
-        before = layer(x)
-        for t in range(9):
-            changed = x.clone()
-            changed[:, t] += 1
-            after = layer(changed)
-            self.assertTrue(torch.equal(before[:, :t], after[:, :t]))
-            self.assertFalse(torch.allclose(before[:, t:], after[:, t:]))
-
-    def test_cache_in_chunks(self):
+    def test_cache_in_chunks_and_bfloat16(self):
         layer = MultiHeadAttention(2, 8, 4, 10, dropout=0.0)
         x = torch.randn(3, 10, 8)
-        for cuts in ((10,), (1,) * 10, (4, 3, 1, 2), (1, 9)):
-            cache = KVCache(3, 2, 10, 4)
-            outs = [layer(part, cache) for part in x.split(cuts, dim=1)]
-            self.assertClose(torch.cat(outs, 1), layer(x))
-        with self.assertSays(ValueError, "10 cached", "1 new"):
-            layer(x[:, :1], cache)
-        self.assertEqual(cache.length, 10)
-
-    def exported(self, export):
-        """A model exported with 5 tokens, but for any number up to max_seq_len; and the model."""
-        model, T = tiny_gpt().eval(), torch.export.Dim("T", min=1, max=12)
-        x = torch.zeros(2, 5, dtype=torch.long)
-        return export(model, (x,), dynamic_shapes=({1: T},)), model
+        whole = layer(x)
+        for dtype, learning in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+            layer.to(dtype)
+            for cuts in ((10,), (1,) * 10, (4, 3, 1, 2), (1, 9)):
+                cache = KVCache(3, 2, 10, 4, dtype=dtype)
+                with torch.set_grad_enabled(learning):
+                    parts = [layer(part, cache).float() for part in x.to(dtype).split(cuts, 1)]
+                self.assertClose(torch.cat(parts, 1), whole, 1e-5 if dtype == x.dtype else 0.03)
+            with self.assertSays(ValueError, "10 cached", "1 new"):
+                layer(x[:, :1].to(dtype), cache)
+            self.assertEqual(cache.length, 10)
 
     def test_export_for_any_length(self):
-        program, model = self.exported(torch.export.export)
-        for T in (1, 2, 5, 12):
-            x = torch.randint(40, (2, T))
+        model, T = tiny_gpt().eval(), torch.export.Dim("T", min=1, max=12)
+        program = torch.export.export(model, (torch.zeros(2, 5).long(),), dynamic_shapes=({1: T},))
+        for length in (1, 2, 5, 12):
+            x = torch.randint(40, (2, length))
             self.assertClose(program.module()(x), model(x))
-
-    @unittest.skipUnless(all(map(importlib.util.find_spec, ("onnx", "onnxscript"))),
-                         "onnx and onnxscript are not installed")
-    def test_onnx_for_any_length(self):
-        from onnx.reference import ReferenceEvaluator
-
-        program, model = self.exported(torch.onnx.export)
-        program.save("model.onnx")
-        onnx = ReferenceEvaluator("model.onnx")
-        for T in (1, 2, 5, 12):
-            x = torch.randint(40, (2, T))
-            ours, = onnx.run(None, {onnx.input_names[0]: x.numpy()})
-            self.assertClose(torch.from_numpy(ours), model(x), 1e-4)
 
 
 class TestFFN(Case):
     test_doctests = doctests_of("FFN")
 
-    def test_equals_formula_and_works_token_by_token(self):
-        ffn = FeedForward(6, dropout=0.0)
-        x = torch.randn(2, 5, 6)
-        expected = (x @ ffn.expand.weight.T + ffn.expand.bias).clamp(min=0) @ ffn.contract.weight.T
-        self.assertClose(ffn(x), expected + ffn.contract.bias)
-        self.assertClose(ffn(x)[:, 2], ffn(x[:, 2]))
+    def test_equals_the_formula(self):
+        ffn, x = FeedForward(6, dropout=0.0), torch.randn(2, 5, 6)
+        h = (x @ ffn.expand.weight.T + ffn.expand.bias).clamp(min=0)
+        self.assertClose(ffn(x), h @ ffn.contract.weight.T + ffn.contract.bias)
 
 
 class TestDecoder(Case):
     test_doctests = doctests_of("Decoder")
 
     def test_equals_torch_forward_and_gradients(self):
-        E, H = 12, 3
-        ours = Decoder(H, E, E // H, 16, dropout=0.0)
-        theirs = nn.TransformerEncoderLayer(E, H, 4 * E, dropout=0.0, activation="relu",
+        ours = Decoder(3, 12, 4, 16, dropout=0.0)
+        theirs = nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, activation="relu",
                                             norm_first=False, batch_first=True)
+        x = torch.randn(2, 7, 12, requires_grad=True)
+        mask, target = nn.Transformer.generate_square_subsequent_mask(7), torch.randn(2, 7, 12)
         with torch.no_grad():  # not the initial ones and zeros, which would hide a swap
-            for parameter in ours.parameters():
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
-        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(),
-                                        strict=True)))  # of one order
-        x1 = torch.randn(2, 7, E, requires_grad=True)
-        x2 = x1.detach().clone().requires_grad_()
-        mask = nn.Transformer.generate_square_subsequent_mask(7)
-        y1, y2 = ours(x1), theirs(x2, src_mask=mask, is_causal=True)
-        self.assertClose(y1, y2)
-        target = torch.randn(y1.shape)
-        ((y1 - target) ** 2).sum().backward()
-        ((y2 - target) ** 2).sum().backward()
-        self.assertClose(x1.grad, x2.grad, 1e-4)
-        self.assertClose(ours.ffn.expand.weight.grad, theirs.linear1.weight.grad, 1e-4)
-        self.assertClose(ours.norm1.weight.grad, theirs.norm1.weight.grad, 1e-4)
-
-    def test_dropout_is_the_share_of_a_sub_layers_outputs_that_is_zero(self):
-        block, x = Decoder(2, 50, 4, 16, dropout=0.3), torch.randn(50, 16, 50)
-        for sub_layer in (block.attention, block.ffn):
-            zeros = (sub_layer(x) == 0).float().mean().item()
-            self.assertAlmostEqual(zeros, 0.3, delta=0.02)  # 40,000 draws: 0.02 is eight errors
-            self.assertEqual((sub_layer.eval()(x) == 0).sum(), 0)
-
-    def test_residuals_carry_the_gradient(self):
-        with_residuals = first_layer_gradient(12, residual=True, norm=False)
-        without = first_layer_gradient(12, residual=False, norm=False)
-        self.assertGreater(with_residuals, 1e10 * without)
-        self.assertGreater(first_layer_gradient(12), 0.5 * first_layer_gradient(1))
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):  # of one order
+                b.copy_(a.add_(torch.randn(a.shape) * 0.1))
+        pair = []
+        for net, out in ((ours, ours(x)), (theirs, theirs(x, src_mask=mask, is_causal=True))):
+            loss = ((out - target) ** 2).mean()
+            pair.append((out, *torch.autograd.grad(loss, [x, *net.parameters()])))
+        for a, b in zip(*pair, strict=True):
+            self.assertClose(a, b)
 
 
 class TestGPT(Case):
     test_doctests = doctests_of("GPT")
 
-    def test_formula_and_size(self):
+    def test_formula(self):
         model, x = tiny_gpt(num_layers=3).eval(), torch.randint(40, (2, 9))
-        h = model.token_embeddings.embedding.weight[x]
-        h = h + model.positional_embeddings.embedding.weight[:9]
+        tokens, positions = model.token_embeddings.embedding, model.positional_embeddings.embedding
+        h = tokens.weight[x] + positions.weight[:9]
         for block in model.decoders:
             h = block(h)
         self.assertClose(model(x), h @ model.linear.weight.T + model.linear.bias, 1e-4)
-        with torch.device("meta"):  # GPT-1's sizes; 116.5M are its own, the last layer is ours
-            model = GPT(40478, 512, 768, 12, 64, 12, device="meta")
-        ours = sum(p.numel() for p in model.parameters())
-        self.assertEqual((ours - sum(p.numel() for p in model.linear.parameters())) // 10**5, 1165)
+        self.assertIsNot(model.linear.weight, tokens.weight)  # unlike GPT-1's
 
     def test_initial_weights(self):
         for name, weight in GPT(1000, 32, 64, 4, 16, 2).named_parameters():
@@ -423,73 +319,67 @@ class TestGPT(Case):
             elif "norm" not in name:
                 self.assertEqual(weight.count_nonzero(), 0, name)
 
-    def test_dropout_acts_on_the_embeddings(self):
-        model, zeros = tiny_gpt(dropout=0.3, emb_size=50), []
-        model.decoders[0].register_forward_pre_hook(
-            lambda _, h: zeros.append((h[0] == 0).float().mean().item()))
-        for training in (True, False):
-            model.train(training)(torch.randint(40, (50, 12)))
-        self.assertAlmostEqual(zeros[0], 0.3, delta=0.02)  # 30,000 draws: seven standard errors
-        self.assertEqual(zeros[1], 0)
+    def test_dropout_is_the_share_that_is_zero(self):
+        def count(layer, inputs, out=None):
+            shares.append(((inputs[0] if out is None else out) == 0).float().mean().item())
+
+        model, shares = tiny_gpt(dropout=0.3, emb_size=50), []
+        model.decoders[0].register_forward_pre_hook(count)
+        model.decoders[0].attention.register_forward_hook(count)
+        model.decoders[0].ffn.register_forward_hook(count)
+        for expected in (0.3, 0):  # 30,000 draws: 0.02 is seven standard errors
+            model.train(expected > 0)(torch.randint(40, (50, 12)))
+            self.assertClose(torch.tensor(shares[-3:]), torch.tensor(expected), expected / 15)
+
+
+def plain_greedy(model, x, n):
+    """The textbook loop: the last max_seq_len tokens again for each new one."""
+    for _ in range(n):
+        logits = model(x[:, -model.sizes["max_seq_len"] :])
+        x = torch.cat([x, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return x
 
 
 class TestGPTGenerate(Case):
-    def plain_greedy(self, model, x, n):
-        """The textbook loop: the last max_seq_len tokens again for each new one."""
-        for _ in range(n):
-            logits = model(x[:, -model.sizes["max_seq_len"] :])
-            x = torch.cat([x, logits[:, -1].argmax(-1, keepdim=True)], 1)
-        return x
-
     def test_cache_gives_the_plain_loops_tokens(self):
         model = tiny_gpt().eval()
         for T in (1, 5, 11, 12, 13, 36):  # max_seq_len is 12
             x = torch.randint(40, (3, T))
-            expected = self.plain_greedy(model, x, 30)
+            expected = plain_greedy(model, x, 30)
             for use_cache in (True, False):
                 self.assertSame(model.generate(x, 30, False, use_cache=use_cache), expected)
-        alone = torch.cat([model.generate(row[None], 30, False) for row in x])
-        self.assertSame(alone, expected)  # rows are independent
-        x, cache = torch.randint(40, (2, 12)), model.new_cache(2)
-        parts = [model.hidden(x[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
+        x, cache = x[:, :12], model.new_cache(3)
+        parts = [model.hidden(part, cache) for part in x.split((5, 1, 6), dim=1)]
         self.assertClose(torch.cat(parts, 1), model.hidden(x), 1e-4)
 
     def test_draws_follow_brute_force(self):
-        logits, n = [2.0, 1.0, 0.5, -1.0, 1.7, 0.0], 20_000
+        shares, n = (0.5, 0.3, 0.1, 0.04, 0.06), 20_000
+        logits = torch.tensor([shares]).log().expand(n, -1)
         generator = torch.Generator().manual_seed(1)
         for temperature, top_k, top_p in itertools.product(
-                (0.5, 1.0, 2.0), (None, 1, 3, 99), (None, 0.2, 0.7, 0.95, 1.0)):
-            weights = {i: math.exp(logits[i] / temperature)
-                       for i in sorted(range(6), key=lambda i: -logits[i])[:top_k]}
-            kept = {}
-            for i, weight in weights.items():
-                if sum(kept.values()) < (top_p or 1) * sum(weights.values()):
+                (0.5, 1.0, 2.0), (None, 1, 3, 99), (None, 1e-9, 0.7, 0.8, 0.95, 1.0)):
+            weights = {i: shares[i] ** (1 / temperature)
+                       for i in sorted(range(5), key=lambda i: -shares[i])[:top_k]}
+            kept, end = {}, (top_p or 1) * sum(weights.values()) * (1 - 1e-9)
+            for i, weight in weights.items():  # the token that crosses p stays, and p reached
+                if sum(kept.values()) < end:  # exactly ends the set: in fp32, 0.5 + 0.3 < 0.8
                     kept[i] = weight
-            drawn = next_token(torch.tensor([logits]).expand(n, -1), temperature, top_k, top_p,
-                               generator)
-            for i, count in enumerate(torch.bincount(drawn, minlength=6)):
+            drawn = next_token(logits, temperature, top_k, top_p, generator)
+            for i, count in enumerate(torch.bincount(drawn, minlength=5)):
                 p = kept.get(i, 0) / sum(kept.values())  # five standard errors: one false alarm
                 self.assertAlmostEqual(count / n, p, msg=f"{i} {temperature} {top_k} {top_p}",
                                        delta=5 * math.sqrt(p * (1 - p) / n) + 1e-12)  # in a million
 
-    def test_what_is_kept(self):
-        for probabilities, p, kept in (
-            ([0.5, 0.3, 0.2], 0.7, 2),  # the token that crosses p stays
-            ([0.5, 0.3, 0.1, 0.1], 0.8, 2),  # p reached exactly ends the set: in fp32, .5 + .3 < .8
-            ([0.5, 0.3, 0.2], 0.801, 3),
-            ([0.001] * 1000, 1e-9, 1),
-        ):
-            logits = keep_top_p(torch.tensor([probabilities]).log(), p)
-            self.assertEqual((logits > -math.inf).sum(), kept, (probabilities[:3], p))
-        self.assertEqual(keep_top_k(torch.zeros(1, 9), 4)[0].shape, (1, 4))  # even of equals
-
     def test_extremes(self):
         model, x = tiny_gpt().eval(), torch.tensor([[1, 2]])
-        for temperature in (0, 0.0, 1e-320, 1e-45, 1e-8):
-            self.assertSame(model.generate(x, 8, True, temperature), model.generate(x, 8, False))
+        for greedy in (*({"temperature": t} for t in (0, 0.0, 1e-320, 1e-45, 1e-8)),
+                       {"top_k": 1}, {"top_p": 1e-9}):
+            self.assertSame(model.generate(x, 8, True, **greedy), model.generate(x, 8, False))
+        self.assertEqual((keep_top_p(torch.zeros(1, 9), 1e-9) > -math.inf).sum(), 1)
         self.assertSame(model.generate(x, 0, True), x)
         with torch.autocast("cpu", torch.bfloat16):
-            self.assertEqual(model.generate(x, 20, True, top_k=10**6).shape, (1, 22))
+            self.assertEqual(model.generate(x, np.int64(20), True, np.float32(0.5), np.int64(
+                10**6), np.float32(0.9), stop_token=np.int64(10**6)).shape, (1, 22))
         full = torch.full((9, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
         self.assertEqual(next_token(full, 0, None, None).tolist(), [0] * 9)
         flat = torch.zeros(4000, 1000, dtype=torch.bfloat16)  # in which 1,000 thousandths are no 1
@@ -513,75 +403,21 @@ class TestGPTGenerate(Case):
     def test_leaves_no_trace(self):
         model, x, steps = tiny_gpt(dropout=0.5), torch.tensor([[1, 2], [3, 4]]), []
         model.decoders[0].eval()
-        modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+        before, state = modes(model), torch.get_rng_state()
         ids = model.generate(x, 9, True, generator=torch.Generator().manual_seed(3))
         for new in model.stream(x, 9, True, generator=torch.Generator().manual_seed(3)):
             steps.append(new)
             self.assertTrue(torch.is_grad_enabled())
-            self.assertEqual(modes, [module.training for module in model.modules()])
+            self.assertEqual(before, modes(model))
         self.assertSame(torch.stack(steps, 1), ids[:, 2:])  # reproducible, and no dropout in it
         self.assertSame(state, torch.get_rng_state())
         self.assertEqual(x.tolist(), [[1, 2], [3, 4]])
         for tokens in (ids, steps[0][:, None]):  # may be trained on
             model(tokens).sum().backward()
 
-    def test_calls_the_very_modules(self):
-        """As edited in a file, in one module only, or by a hook: the plain loop is the oracle."""
-        model, x = tiny_gpt(dropout=0.5), torch.randint(40, (2, 3))
-        before, ffn = model.generate(x, 8, False), model.decoders[1].ffn
-        forward, patch = ffn.forward, mock.patch.object
-        for n, edit in enumerate((
-            lambda: patch(FeedForward, "forward", lambda self, x: self.expand(x)[..., :16]),
-            lambda: patch(nn.Linear, "forward", lambda self, x: x @ self.weight.T + 1),
-            lambda: patch(nn.Dropout, "forward", lambda self, x: x.roll(1, -1)),
-            lambda: patch(ffn, "forward", lambda x: forward(x) * 99),
-            lambda: ffn.register_forward_hook(lambda module, x, y: y * 99),
-        )):
-            with self.subTest(n), edit():
-                edited = model.train().generate(x, 8, False)
-                self.assertSame(edited, self.plain_greedy(model.eval(), x, 8))
-                self.assertFalse(torch.equal(edited, before))
 
-
-def two_loaders(rank, ranks):
-    """To train and to validate; of the last batch to validate, one window, rank 1 gets none."""
-    return (Batches(GetData(torch.arange(60) % 40, 8), 4, 3, rank, ranks),
-            Batches(GetData(torch.arange(13), 8), 4, None, rank, ranks))
-
-
-def one_of_two_ranks(rank, address):
-    """Train beside the other process, write what was seen to a file: without dropout; with it;
-    until rank 1 alone wants to stop, in step 2; from there on. At last rank 1 dies in step 5."""
-    def train(checkpoint, dropout=0.2, stop=None, die=None):
-        torch.distributed.barrier()  # until rank 0 has written the checkpoint
-        torch.manual_seed(rank)  # they begin with the weights of rank 0 nevertheless
-        model, seen = tiny_gpt(dropout=dropout), {"weights": [], "evals": []}
-
-        def before_step(*_):
-            seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
-            model.stop_training = rank == 1 and len(seen["weights"]) == stop
-            if rank == 1 and len(seen["weights"]) == die:
-                os._exit(0)
-
-        with before_each_step(before_step):
-            seen["losses"] = model.fit(*two_loaders(rank, 2), 1, 1e-3, max_steps=6, accumulate=2,
-                                       warmup_steps=2, eval_every=3, checkpoint=checkpoint,
-                                       on_eval=seen["evals"].append)
-        seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach())
-        return seen
-
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    with contextlib.redirect_stderr(io.StringIO()):
-        torch.save([train(None, dropout=0.0), train("whole.pt"), train("part.pt", stop=2),
-                    train("part.pt")], f"rank{rank}.pt")
-    with contextlib.suppress(RuntimeError):  # the other one is gone
-        train("dead.pt", die=5)
-    os._exit(0)  # without the rest of the group
-
-
-class TestGPTFastRows(Case):
-    """In a loaded model a single row goes through the large layers another way than several do;
-    the oracle is the same model, never loaded."""
+class TestGPTLoaded(Case):
+    """In a loaded model, one row takes another way; the oracle is the same model, never loaded."""
 
     def pair(self, dtype="fp32", E=256):
         """(the model, never loaded; the same, loaded): layers of 256·1024 weights and smaller."""
@@ -592,113 +428,78 @@ class TestGPTFastRows(Case):
         model.save("m.pt")
         return model, GPT.load("m.pt", dtype=dtype)
 
-    def logits(self, model, x):
-        """Token after token with a cache: the logits (B, T, V)."""
-        with torch.no_grad():
-            cache = model.new_cache(len(x))
-            return torch.stack([model.linear(model.hidden(x[:, t : t + 1], cache)[:, -1])
-                                for t in range(x.shape[1])], dim=1).float()
-
-    def test_equal_except_for_rounding(self):
-        for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.15)):
-            for E in (256, 257, 262):  # divisible by 8, odd, by 2
+    def test_equals_except_for_rounding(self):
+        for E, shape in itertools.product((256, 257, 262), ((1, 1), (1, 8), (2, 1))):
+            x = torch.randint(1100, shape)  # the first is one row; E: divisible by 8, odd, by 2
+            for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.15)):
                 model, loaded = self.pair(dtype, E)
-                for batch in (1, 2):
-                    x = torch.randint(1100, (batch, 8))
-                    with torch.no_grad():
-                        exact = copy.deepcopy(model).double()(x).float()
-                        self.assertClose(loaded(x).float(), exact, tolerance)
-                    self.assertClose(self.logits(loaded, x), exact, tolerance)
+                with torch.no_grad():
+                    self.assertClose(loaded(x).float(), model(x), tolerance)
 
-    def test_layers_of_ones_own(self):
-        class Doubled(nn.Linear):
-            def forward(self, x):
-                return 2 * super().forward(x)
-
-        class Double(nn.Module):
-            def forward(self, x):
-                return 2 * x
-
-        def replaced(ffn):
-            ffn.expand = nn.Sequential(ffn.expand, Double())
-
-        def subclassed(ffn):
-            ffn.expand.__class__ = Doubled
-
-        def one_forward(ffn):
-            ffn.expand.forward = lambda x: 2 * F.linear(x, ffn.expand.weight, ffn.expand.bias)
-
-        def without_bias(ffn):
-            ffn.expand.bias = None
-
-        edits = (
-            lambda ffn: ffn.expand.register_forward_hook(lambda layer, inputs, y: 2 * y),
-            lambda ffn: ffn.expand.register_forward_pre_hook(lambda layer, inputs: 2 * inputs[0]),
-            lambda ffn: nn.utils.parametrize.register_parametrization(
-                ffn.expand, "weight", Double()),
+    def test_calls_the_very_modules(self):
+        """As edited in a file, in one module only, or by a hook; the plain loop is the oracle."""
+        patch, double, x = mock.patch.object, nn.Identity(), torch.tensor([[7]])
+        double.forward = lambda x: 2 * x
+        doubled = type("Doubled", (nn.Linear,), {
+            "forward": lambda self, x: 2 * F.linear(x, self.weight, self.bias)})
+        for n, edit in enumerate((
+            lambda ffn: patch(FeedForward, "forward", lambda self, x: self.expand(x)[..., :256]),
+            lambda ffn: patch(ffn.expand, "forward", lambda x: F.linear(x, ffn.expand.weight)),
+            lambda ffn: ffn.register_forward_hook(lambda layer, x, y: y * 99),
+            lambda ffn: ffn.expand.register_forward_pre_hook(lambda layer, x: 2 * x[0]),
+            lambda ffn: nn.utils.parametrize.register_parametrization(ffn.expand, "weight", double),
             lambda ffn: ffn.expand.weight.data.zero_(),
-            replaced, subclassed, one_forward, without_bias)
-        x = torch.randint(1100, (1, 4))
-        for n, edit in enumerate(edits):
-            with self.subTest(edit=n):
+            lambda ffn: setattr(ffn.expand, "bias", None),
+            lambda ffn: setattr(ffn.expand, "__class__", doubled),
+            lambda ffn: setattr(ffn, "expand", nn.Sequential(ffn.expand, double)),
+        )):
+            with self.subTest(n), contextlib.ExitStack() as stack:
                 model, loaded = self.pair()
-                before = self.logits(model, x)
-                for net in (model, loaded):
-                    edit(net.decoders[0].ffn)
-                self.assertClose(self.logits(loaded, x), self.logits(model, x), 1e-4)
-                self.assertGreater((self.logits(loaded, x) - before).abs().max().item(), 1e-2)
-
-    @unittest.skipUnless(set(torch.backends.quantized.supported_engines) - {"none"},
-                         "this torch can't quantize")
-    def test_quantize_dynamic(self):
-        x, results = torch.randint(1100, (1, 4)), []
-        for net in self.pair():
-            with warnings.catch_warnings(action="ignore"):
-                small = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
-            self.assertFalse([m for m in small.modules() if type(m) is nn.Linear])
-            results.append(self.logits(small, x))
-        self.assertClose(*results, 1e-4)
-
-    def test_copies_and_types(self):
-        def pickled(net):
-            return pickle.loads(pickle.dumps(net))
-
-        def saved(net):
-            torch.save(net, "whole.pt")
-            return torch.load("whole.pt", weights_only=False)
-
-        def loaded_again(net):
-            net.save("again.pt")
-            return GPT.load("again.pt")
-
-        x = torch.randint(1100, (1, 4))
-        model, loaded = self.pair()
-        expected, changed = self.logits(model, x), copy.deepcopy(model)
-        changed.decoders[1].ffn.expand.weight.data.zero_()
-        for make in (copy.deepcopy, pickled, saved, loaded_again):
-            twin = make(loaded)
-            self.assertSame(dict(twin.state_dict()), dict(model.state_dict()))
-            self.assertClose(self.logits(twin, x), expected, 1e-4)
-            twin.decoders[1].ffn.expand.weight.data.zero_()
-            self.assertClose(self.logits(twin, x), self.logits(changed, x), 1e-4)
-            self.assertClose(self.logits(loaded, x), expected, 1e-4)
-        self.assertClose(self.logits(loaded.double(), x), expected, 1e-4)
-        self.assertClose(self.logits(loaded.bfloat16(), x), expected, 0.15)
+                before = model(x)
+                for net in (model, copy.deepcopy(loaded), loaded):  # the copy is edited alone
+                    if hasattr(edited := edit(net.decoders[0].ffn), "__exit__"):
+                        stack.enter_context(edited)
+                    with torch.no_grad():
+                        self.assertClose(net(x), model(x), 1e-4)
+                    self.assertSame(net.train().generate(x, 9, False), plain_greedy(model, x, 9))
+                self.assertGreater((model(x) - before).abs().max().item(), 1e-2)
 
     def test_training_on(self):
         model, loaded = self.pair()
         batches = [(torch.randint(1100, (1, 1)), torch.randint(1100, (1, 1))) for _ in range(4)]
         losses = [net.fit(batches, batches[:1], 1, 1e-3) for net in (model, loaded)]
         self.assertClose(*map(torch.tensor, losses), 1e-4)  # of batches with one row, too
-        for p, q in zip(model.parameters(), loaded.parameters(), strict=True):
-            self.assertClose(p, q, 1e-4)
-        x = torch.randint(1100, (1, 4))
-        self.assertClose(self.logits(loaded.eval(), x), self.logits(model.eval(), x), 1e-3)
+        with torch.no_grad():
+            self.assertClose(*(net.eval()(batches[0][0]) for net in (model, loaded)), 1e-3)
+
+
+def share_of_a_run(rank, ranks, checkpoint=None, dropout=0.2, stop=0):
+    """Train as this rank; in step `stop` rank 1 alone wants to. The weights, losses, metrics."""
+    def before_step(*_):
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        model.stop_training = (rank, len(weights)) == (1, stop)
+
+    torch.manual_seed(rank)  # the ranks begin with the weights of rank 0 nevertheless
+    model, weights, evals = tiny_gpt(dropout=dropout), [], []
+    loaders = (Batches(GetData(torch.arange(60) % 40, 8), 4, 3, rank, ranks),
+               Batches(GetData(torch.arange(13), 8), 4, None, rank, ranks))  # rank 1 gets less
+    with before_each_step(before_step):
+        losses = model.fit(*loaders, 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2,
+                           eval_every=3, checkpoint=checkpoint, on_eval=evals.append)
+    before_step()  # none comes, but the last one's weights count, too
+    return weights, losses, evals
+
+
+def one_of_two_ranks(rank, address):
+    """Train without dropout; with it; until rank 1 wants to stop; from there on."""
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.save([share_of_a_run(rank, 2, None, 0.0), share_of_a_run(rank, 2, "whole.pt"),
+                share_of_a_run(rank, 2, "part.pt", stop=2), share_of_a_run(rank, 2, "part.pt")],
+               f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 class TrainedCase(Case):
-    """Runs to which everything that a checkpoint must hold matters."""
-
     def train(self, checkpoint, cls=GPT, stop_after=None, steps=9, lr=1e-2, model=None, **options):
         """Steps of 3 batches, 14 batches in a pass; dropout; a validation that draws. Returns the
         model, its losses and metrics, the rates of each step's groups."""
@@ -711,9 +512,11 @@ class TrainedCase(Case):
                 run.model.stop_training = True
 
         loader = Batches(GetData(np.arange(61) * 7 % 40, 8), 4, seed=3)
+        valid = torch.utils.data.DataLoader([(run[:-1], run[1:]) for run in torch.arange(
+            36).view(4, 9)], 2, shuffle=True)  # draws from torch's generator
         options = dict(accumulate=3, eval_every=2, on_eval=run.metrics.append) | options
         with before_each_step(before_step):
-            run.losses = run.model.fit(loader, shuffling_loader(1), 99, lr, max_steps=steps,
+            run.losses = run.model.fit(loader, valid, 99, lr, max_steps=steps,
                                        checkpoint=checkpoint, **options)
         run.steps = len(run.rates)
         return run
@@ -721,69 +524,63 @@ class TrainedCase(Case):
 
 class TestGPTFit(TrainedCase):
     def test_equals_the_textbook_loop(self):
-        """On big batches; fit gets each in three parts, of different sizes."""
-        small = counting_batches(9, batch=2)
-        small[4] = tuple(ids[:1] for ids in small[4])
-        model, losses = tiny_gpt(), []
+        """On big batches, which fit gets in two parts, of any integer type; numbers are numpy's."""
+        model, whole = tiny_gpt(), counting_batches(9)
+        seen, expected, losses, training = [], [], [], []
+        types = itertools.cycle((torch.int64, torch.uint16, torch.uint8, torch.int32, torch.uint32))
+        whole[4] = tuple(ids[:1] for ids in whole[4])
+        valid = [(y[:n], x[:n]) for (x, y), n in zip(whole, (2, 1), strict=False)]  # counts down
+        typed = [(x.to(dtype), y.to(dtype)) for (x, y), dtype in zip(whole, types, strict=False)]
         plain = copy.deepcopy(model)
+        model.decoders[0].eval()  # each module gets back its own mode
+        model.decoders[0].ffn.register_forward_hook(lambda ffn, *_: training.append(ffn.training))
         model.linear.bias.grad = torch.ones(40)  # left by an interrupted step
-        (train_loss,), _ = model.fit(small, small, 1, 1e-2, warmup_steps=1, grad_clip=0.5,
-                                     accumulate=3)
+        before = modes(model), copy.deepcopy(typed)
+        told = model.fit(typed, valid, np.int64(1), np.float32(2**-7), warmup_steps=np.int64(1),
+                         grad_clip=np.float32(0.5), weight_decay=np.float32(0.25),
+                         accumulate=np.uint8(2), eval_every=np.int32(2), on_eval=seen.append)
         optimizer = torch.optim.AdamW([
-            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.25},
             {"params": [p for p in plain.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ], betas=(0.9, 0.99))
-        for step, rate in enumerate((1e-2, 1e-2, 0.55e-2)):
-            x, y = map(torch.cat, zip(*small[3 * step : 3 * step + 3], strict=True))
+
+        def loss(*batches):  # tokens are averaged, not batches
+            terms = [F.cross_entropy(plain(x).mT, y, reduction="none") for x, y in batches]
+            return torch.cat([term.flatten() for term in terms]).mean()
+
+        for step in range(5):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate_at(step, 2**-7, 1, 5)
             optimizer.zero_grad()
-            losses.append(F.cross_entropy(plain(x).flatten(0, 1), y.flatten()))
+            losses.append(loss(*(2 * whole)[2 * step : 2 * step + 2]))
             losses[-1].backward()
             nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
-        self.assertAlmostEqual(train_loss, sum(losses).item() / 3, places=5)
+            if step in (1, 3, 4):
+                tokens = sum(y.numel() for _, y in (2 * whole)[: 2 * step + 2])
+                best = all(loss(*valid) < row[3] for row in expected)  # it learns to count up: no
+                expected.append([step + 1, tokens, sum(losses) / len(losses), loss(*valid), best,
+                                 group["lr"]])
+                losses.clear()
+        keys = ("step", "tokens", "train_loss", "valid_loss", "best", "learning_rate")
+        self.assertClose(torch.tensor([[metrics[key] for key in keys] for metrics in seen]),
+                         torch.tensor(expected), 1e-4)
+        self.assertEqual(told, tuple([metrics[key] for metrics in seen] for key in keys[2:4]))
+        self.assertEqual(training, 2 * [*4 * [True], False, False] + [True, True, False, False])
+        self.assertSame((modes(model), typed), before)
+        self.assertTrue(all(p.grad is None for p in model.parameters()))
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             if "qkv.bias" not in name:  # a key's has only noise as gradient, which Adam amplifies
                 self.assertClose(ours, theirs, 1e-4)  # a step moves weights by 1e-2
 
-    def test_losses_are_what_they_say(self):
-        model, batches, seen = tiny_gpt(), counting_batches(6), []
-        valid = [batches[0], [ids[:1] for ids in batches[1]]]  # tokens are averaged, not batches
-        losses = model.fit(batches, valid, 1, 1e-30, warmup_steps=0, eval_every=4,
-                           on_eval=seen.append)  # at this rate no weight changes
-
-        def loss(*batches):
-            x, y = map(torch.cat, zip(*batches, strict=True))
-            return F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-
-        self.assertClose(torch.tensor(losses), torch.tensor(
-            [[loss(*batches[:4]), loss(*batches[4:])], [loss(*valid)] * 2]))
-        for n, row in enumerate(((4, 4 * 32, True), (6, 6 * 32, False))):
-            metrics = seen[n]
-            self.assertEqual((metrics["step"], metrics["tokens"], metrics["best"]), row)
-            self.assertEqual((metrics["train_loss"], metrics["valid_loss"]),
-                             (losses[0][n], losses[1][n]))
-            self.assertEqual(metrics["learning_rate"], learning_rate_at(row[0] - 1, 1e-30, 0, 6))
-
     def test_schedule(self):
-        rates = [learning_rate_at(step, 1.0, 10, 100) for step in range(130)]
-        self.assertEqual(rates[:11], [*((step + 1) / 10 for step in range(10)), 1.0])
-        self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
-        self.assertAlmostEqual(rates[55], 0.55)  # half way down the cosine from 1 to 0.1
-        self.assertClose(torch.tensor(rates[99:]), torch.tensor(0.1), 1e-3)  # there it stays
-        self.assertEqual([learning_rate_at(step, 1.0, 2, 2) for step in range(3)], [0.5, 1.0, 1.0])
-
         def two_groups(parameters, rate):
             first, *rest = parameters
             return torch.optim.SGD([{"params": [first], "lr": rate / 4}, {"params": rest}], rate)
 
-        def triangle(step):  # begins with a rate of 0
-            return np.float32(0.01) * min(step, 9 - step)
-
-        for steps, asked, warmup, lr in (
-            (220, None, 100, 1e-2), (3000, None, 300, 1e-2), (9, 0, 0, 1e-2), (4, 1, 1, 1e-2),
-            (4, 10**6, 2, 1e-2), (4, None, 2, 1e-2), (9, None, None, triangle),  # at most half
+        for steps, asked, warmup, lr in (  # the warm-up is at most half of the run
+            (220, None, 100, 1e-2), (3000, None, 300, 1e-2), (9, 0, 0, 1e-2), (4, 10**6, 2, 1e-2),
+            (9, None, None, lambda step: np.float32(0.01) * min(step, 9 - step)),  # 0 at first
         ):
             run = self.train(None, with_optimizer(two_groups), stop_after=4, steps=steps, lr=lr,
                              warmup_steps=asked)
@@ -792,78 +589,53 @@ class TestGPTFit(TrainedCase):
                 self.assertAlmostEqual(whole, expected)
                 self.assertAlmostEqual(quarter, whole / 4)
             self.assertEqual(step, 3)
+        self.assertEqual([learning_rate_at(step, 1.0, 2, 2) for step in range(3)], [0.5, 1.0, 1.0])
 
     def test_batches_are_an_endless_stream(self):
-        batches, seen = counting_batches(5), []
-        order = [x[0, 0].item() for x, _ in batches] * 2
+        batches = counting_batches(5)
+        order = [x[0, 0].item() for x, _ in batches] * 3
+        by_number = SimpleNamespace(batch=lambda k: batches[k % 5])
         stream = type("Stream", (torch.utils.data.IterableDataset,),
                       {"__iter__": lambda self: iter(batches)})
-        for name, loader, steps, place in (
-            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 3, 0), ("list", batches, 3, 0),
-            ("stream", torch.utils.data.DataLoader(stream(), batch_size=None), 4, 0),
-            ("k", SimpleNamespace(batch=lambda k: batches[k % 5]), 5, 6),  # where it was,
-            ("list", batches, 5, 0),  # the others begin a pass
+        for name, loader, max_steps, first, last, validated in (
+            ("k", by_number, 3, 0, 6, [3]), ("k", by_number, 5, 6, 10, [5]),  # where it was
+            ("list", batches, 3, 0, 6, [3]), ("list", batches, 6, 0, 6, [6]),  # a new pass
+            ("tuple", tuple(batches), None, 0, 12, [3, 6]),  # two passes of three steps
+            ("generator", iter(2 * batches), 5, 0, 10, [5]),
+            ("stream", torch.utils.data.DataLoader(stream(), None), 4, 0, 8, [4]),
         ):
-            model = tiny_gpt()
+            model, seen, steps = tiny_gpt(), [], []
             model.token_embeddings.register_forward_pre_hook(
-                lambda table, x: seen.append(x[0][0, 0].item()) if table.training else None)
-            model.fit(loader, batches, 1, 1e-3, max_steps=steps, accumulate=2, checkpoint=name)
-            self.assertEqual(seen, order[place:][: len(seen)])
-            self.assertGreaterEqual(len(seen), 4)
-            seen.clear()
-        for loader, options, validated in (
-            (tuple(batches), dict(accumulate=2), [3, 6]), (iter(batches), dict(max_steps=5), [5]),
-            (shuffling_loader(), dict(eval_every=7), [7, 14, 16]),
-        ):
-            losses = tiny_gpt().fit(loader, shuffling_loader(), 2, 1e-3, **options,
-                                    on_eval=lambda metrics: seen.append(metrics["step"]))
-            self.assertEqual([seen, *map(len, losses)], [validated, *[len(validated)] * 2])
-            seen.clear()
-
-    def test_leaves_no_trace(self):
-        model, batches, seen = tiny_gpt(dropout=0.3), counting_batches(3), []
-        model.decoders[0].eval()  # each module gets back its own mode
-        modes = [module.training for module in model.modules()]
-        before = copy.deepcopy(batches)
-        for module in (model.decoders[0].ffn, model.dropout):
-            module.register_forward_hook(lambda module, *_: seen.append(module.training))
-        model.fit(batches, counting_batches(1), 1, 1e-3)
-        self.assertEqual(seen, [True] * 6 + [False] * 2)  # three steps, then the validation
-        self.assertEqual(modes, [module.training for module in model.modules()])
-        self.assertSame(before, batches)
-        self.assertTrue(all(p.grad is None for p in model.parameters()))
-        weights = [self.train(None, eval_every=n).model.state_dict() for n in (1, 3, 99)]
-        self.assertSame(weights[:1] * 2, weights[1:])  # however often it validates
+                lambda table, x, s=seen: s.append(x[0][0, 0].item()) if table.training else None)
+            model.fit(loader, batches, 2, 1e-3, max_steps=max_steps, accumulate=2, checkpoint=name,
+                      on_eval=lambda metrics, steps=steps: steps.append(metrics["step"]))
+            self.assertEqual((seen, steps), (order[first:last], validated), name)
 
     def test_not_a_number_stops_before_the_step(self):
-        def poison_weight():  # the loss is not finite
-            model.linear.bias.data[5] = math.inf
+        for path, poison in (  # in the second, the loss is finite
+            ("loss.pt", lambda bias: bias.data[5].fill_(math.inf)),
+            ("gradient.pt", lambda bias: bias.register_hook(lambda grad: grad * math.nan)),
+        ):
+            model, before = tiny_gpt(), {}
 
-        def poison_gradient():  # the loss is finite, the gradient isn't
-            model.linear.bias.register_hook(lambda grad: grad * math.nan)
+            def on_eval(metrics, model=model, before=before, poison=poison):
+                if metrics["step"] == 4:
+                    poison(model.linear.bias)
+                    before.update(copy.deepcopy(model.state_dict()))
 
-        def on_eval(metrics):
-            if metrics["step"] == 4:
-                poison()
-                before.update(copy.deepcopy(model.state_dict()))
-
-        for poison in (poison_weight, poison_gradient):
-            model, before, path = tiny_gpt(), {}, f"{poison.__name__}.pt"
-            with self.assertSays(FloatingPointError, "step 5", "step 4", "learning rate"):
+            with self.assertSays(FloatingPointError, "step 5", "learning rate"):
                 self.train(path, model=model, on_eval=on_eval)
             self.assertSame(before, dict(model.state_dict()))
             self.assertEqual(read_file(path)["run"]["step"], 4)
             self.assertTrue(all(p.grad is None for p in model.parameters()))
 
     def test_dtype(self):
-        cpu, cuda = torch.device("cpu"), torch.device("cuda")
-        for able in ("nothing", "avx512_bf16", "amx_bf16"):
-            with mock.patch("torch.cpu.get_capabilities", return_value={able: True}):
-                self.assertEqual(pick_dtype(cpu), "fp32" if able == "nothing" else "bf16")
-        for native in (True, False):  # when emulated, it is slow
-            with mock.patch("torch.cuda.is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or native):  # noqa: B023
-                self.assertEqual(pick_dtype(cuda), "bf16" if native else "fp32")
+        for able, native in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True)):
+            with (mock.patch("torch.cpu.get_capabilities", return_value={able: True}),
+                  mock.patch("torch.cuda.is_bf16_supported",  # when emulated, it is slow
+                             lambda including_emulation=True, n=native: including_emulation or n)):
+                for device in map(torch.device, ("cpu", "cuda")):
+                    self.assertEqual(pick_dtype(device), "bf16" if native else "fp32")
         losses, batches = [], counting_batches(40)
         for dtype in ("fp32", "bf16"):  # trains fp32 weights to about the same
             torch.manual_seed(2)
@@ -874,39 +646,6 @@ class TestGPTFit(TrainedCase):
         self.assertNotEqual(*losses)
         self.assertAlmostEqual(*losses, delta=0.1)
 
-    def test_compiled_weights_have_plain_names(self):
-        def eager(net, compile=torch.compile):
-            return compile(net, backend="eager")
-
-        with mock.patch("torch.compile", side_effect=eager) as called:
-            self.train("c.pt", steps=1, compile=True)
-        called.assert_called_once()
-        self.assertEqual(read_file("c.pt")["weights"].keys(), tiny_gpt().state_dict().keys())
-
-    def test_numbers_of_numpy_and_ids_of_any_integer_type(self):
-        sizes = {name: np.int64(size) for name, size in SIZES.items() if name != "dropout"}
-        model, losses = GPT(**sizes, dropout=np.float32(0.1)), []
-        model.fit([(x % 10, y % 10) for x, y in counting_batches(4)], counting_batches(1, V=10),
-                  np.int64(1), np.float32(1e-3), max_steps=np.int32(2), warmup_steps=np.int64(1),
-                  weight_decay=np.float64(0.1), accumulate=np.uint8(2), checkpoint="c.pt")
-        ids = GPT.load("c.pt").generate(torch.tensor([[1]]), np.int64(3), True, np.float32(0.5),
-                                        np.int64(4), np.float32(0.9), stop_token=np.int64(3))
-        self.assertLessEqual(ids.shape[1], 4)
-        for dtype in (torch.int64, torch.uint16, torch.uint8, torch.int32, torch.uint32):
-            torch.manual_seed(1)
-            batches = [(x.to(dtype), y.to(dtype)) for x, y in counting_batches(2)]
-            losses.append(tiny_gpt().fit(batches, batches, 1, 1e-3))
-            self.assertEqual(losses[-1], losses[0])
-
-    def test_speed_counts_what_was_trained_now(self):
-        self.train("c.pt", stop_after=5)
-        model, now = tiny_gpt(dropout=0.2), [0.0]
-        model.register_forward_pre_hook(  # half a second for each batch of a step
-            lambda model, _: now.append(now[-1] + (0.5 if model.training else 100)))
-        with mock.patch("time.perf_counter", lambda: now[-1]):
-            speeds = {m["tokens_per_second"] for m in self.train("c.pt", model=model).metrics}
-        self.assertEqual(speeds, {4 * 8 / 0.5})
-
     @unittest.skipUnless(torch.distributed.is_available(), "torch has no torch.distributed here")
     def test_two_ranks(self):
         code = "import sys, test_all; test_all.one_of_two_ranks(int(sys.argv[1]), sys.argv[2])"
@@ -914,33 +653,43 @@ class TestGPTFit(TrainedCase):
             list(pool.map(lambda rank: self.python(
                 "-c", code, rank, (self.folder / "group").as_uri(), env={"OMP_NUM_THREADS": "1"}),
                 "01"))
-        runs = torch.load("rank0.pt")
-        for steps, first, second in zip((6, 6, 2, 4), runs, torch.load("rank1.pt"), strict=True):
-            self.assertSame(first["weights"], second["weights"])  # after every step
-            self.assertEqual(len(first["weights"]), steps + 1)  # stopped at the same step, too
-            self.assertEqual(first["losses"], second["losses"])
-            self.assertFalse(second["evals"])
+        runs = [torch.load(f"rank{rank}.pt") for rank in (0, 1)]
+        for steps, *ranks in zip((6, 6, 2, 4), *runs, strict=True):
+            (first, losses, _), (second, same_losses, nothing) = ranks
+            self.assertSame(first, second)  # the weights after every step
+            self.assertEqual(len(first), steps + 1)  # stopped at the same step, too
+            self.assertEqual((losses, []), (same_losses, nothing))
         for part in ("weights", "optimizer", "random_states"):
             self.assertSame(read_file("whole.pt")[part], read_file("part.pt")[part])
-        self.assertEqual(read_file("dead.pt")["run"]["step"], 3)  # of the last validation
-        torch.manual_seed(0)  # and as one process on the whole batches
-        model, seen = tiny_gpt(), []
-        losses = model.fit(*two_loaders(0, 1), 1, 1e-3, max_steps=6, accumulate=2, warmup_steps=2,
-                           eval_every=3, on_eval=seen.append)
-        self.assertClose(torch.tensor(runs[0]["losses"]), torch.tensor(losses), 2e-3)
-        self.assertEqual([s["tokens"] for s in runs[0]["evals"]], [s["tokens"] for s in seen])
+        _, two_losses, two_evals = runs[0][0]
+        _, losses, evals = share_of_a_run(0, 1, None, 0.0)  # one process on the whole batches
+        self.assertClose(torch.tensor(two_losses), torch.tensor(losses), 2e-3)
+        self.assertEqual([m["tokens"] for m in two_evals], [m["tokens"] for m in evals])
 
 
-class Momentum64(torch.optim.Optimizer):
-    """A user's own optimizer: its state is in float64, and it counts in its group."""
+class Edited(GPT):
+    """One more layer, a table used twice, frozen weights, numbers that aren't saved."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.last_norm = nn.LayerNorm(kwargs["emb_size"])
+        self.linear.weight = self.token_embeddings.embedding.weight
+        self.decoders[0].requires_grad_(False)
+        self.register_buffer("scale", torch.arange(kwargs["emb_size"]) / 9, persistent=False)
+
+    def hidden(self, x, cache=None):
+        return self.last_norm(super().hidden(x, cache)) * self.scale
+
+
+class Counting(torch.optim.SGD):
+    """A user's own optimizer: its state is in float64, and it counts in its groups."""
 
     def step(self, closure=None):
         for group in self.param_groups:
-            group["count"] += 1
+            group["count"] = group.get("count", 0) + 1
             for p in group["params"]:
-                velocity = self.state[p].setdefault("velocity", torch.zeros(p.shape).double())
-                velocity.mul_(0.9).add_(p.grad)
-                p.data.sub_(group["lr"] / group["count"] ** 0.5 * velocity)
+                self.state[p]["sum"] = self.state[p].get("sum", 0) + p.grad.double()
+                p.data.sub_(group["lr"] / group["count"] * self.state[p]["sum"])
 
 
 def with_optimizer(make):
@@ -950,41 +699,33 @@ def with_optimizer(make):
 
 
 class TestGPTCheckpoint(TrainedCase):
-    """What is written can be read back, runs no code, and a run resumes bit for bit."""
-
     def test_resume_at_every_step_is_exact(self):
-        whole = self.train("whole.pt")
-        expected = read_file("whole.pt")
-        for k in range(1, 9):  # a pass ends in the fifth
-            path = f"{k}.pt"
-            self.assertEqual(self.train(path, stop_after=k).metrics[-1]["step"], k)
-            torch.randn(7)
-            resumed = self.train(path)
-            self.assertEqual(resumed.steps, 9 - k)
-            saved = read_file(path)
-            if k % 2:  # the stop was one more validation
-                self.assertEqual(len(resumed.losses[0]), len(whole.losses[0]) + 1)
-                saved["run"].update(train_losses=whole.losses[0], valid_losses=whole.losses[1])
-            else:
-                self.assertEqual(whole.losses, resumed.losses)
-                self.assertEqual([m["best"] for m in whole.metrics[k // 2 :]],
-                                 [m["best"] for m in resumed.metrics])
-            self.assertSame(expected, saved, f"stopped after step {k}: ")
-        changed = os.stat("8.pt").st_mtime_ns  # and is left alone when it is finished
-        again = self.train("8.pt")
-        self.assertEqual((again.steps, again.losses), (0, resumed.losses))
-        self.assertEqual(os.stat("8.pt").st_mtime_ns, changed)
-        longer = self.train("8.pt", steps=12)
-        self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
+        """Of this model, and of those that people make from it, which then load and write."""
+        for cls, stops in ((GPT, range(1, 9)), (Edited, [2]), (with_optimizer(Counting), [2])):
+            whole = self.train(f"{cls.__name__}.pt", cls)
+            for k in stops:
+                path = f"{cls.__name__}{k}.pt"
+                self.assertEqual(self.train(path, cls, stop_after=k).metrics[-1]["step"], k)
+                torch.randn(7)
+                resumed = self.train(path, cls)
+                self.assertEqual(resumed.steps, 9 - k)
+                saved, expected = read_file(path), read_file(f"{cls.__name__}.pt")
+                self.assertEqual(len(resumed.losses[0]), len(whole.losses[0]) + k % 2)
+                if k % 2:  # the stop was one more validation
+                    del saved["run"], expected["run"]
+                else:
+                    self.assertEqual([m["best"] for m in whole.metrics[k // 2 :]],
+                                     [m["best"] for m in resumed.metrics])
+                self.assertSame(expected, saved, f"{path}, stopped after step {k}: ")
+            x, state, loaded = torch.tensor([[1, 8], [3, 4]]), torch.get_rng_state(), cls.load(path)
+            self.assertSame(torch.get_rng_state(), state)
+            self.assertSame(loaded(x), whole.model.eval()(x))
+            self.assertSame(loaded.generate(x, 15, False), plain_greedy(loaded, x, 15))
+            loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
+            if cls is Edited:  # it stays so
+                self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
 
     def test_what_costs_no_run(self):
-        self.train("whole.pt")
-        self.train("c.pt", stop_after=4)
-        torch.save(read_file("c.pt") | {"random_states": []}, "fewer.pt")  # of fewer ranks
-        self.assertEqual(self.train("fewer.pt").steps, 5)
-        self.train("c.pt", model=GPT.load("c.pt"))  # its weights are laid out otherwise in memory
-        self.assertSame(read_file("whole.pt"), read_file("c.pt"))
-
         def fails(metrics):
             if metrics["step"] == 4:
                 raise OSError("no network")
@@ -992,13 +733,33 @@ class TestGPTCheckpoint(TrainedCase):
         def stop(*_):
             model.stop_training = True
 
+        whole = self.train("whole.pt")
+        self.train("c.pt", stop_after=4)
+        torch.save(read_file("c.pt") | {"random_states": [], "code": "edited"}, "fewer.pt")
+        self.assertEqual(self.train("fewer.pt").steps, 5)  # written by fewer ranks, other code
+        model, now = GPT.load("c.pt"), [0.0]  # its weights are laid out otherwise in memory
+        model.register_forward_pre_hook(  # half a second for each batch of a step
+            lambda model, _: now.append(now[-1] + (0.5 if model.training else 100)))
+        with mock.patch("time.perf_counter", lambda: now[-1]):
+            speeds = {m["tokens_per_second"] for m in self.train("c.pt", model=model).metrics}
+        self.assertEqual(speeds, {4 * 8 / 0.5})  # of what was trained now
+        with mock.patch("torch.compile", side_effect=functools.partial(
+                torch.compile, backend="eager")) as compiled:
+            self.train("compiled.pt", compile=True)
+        compiled.assert_called_once()
         with self.assertSays(OSError, "no network"):
             self.train("logged.pt", on_eval=fails)
-        for steps in (5, 0):  # the second has nothing to do, and clears up
+        for steps in (5, 0):  # the second has nothing to do: it clears up
             Path("logged.pt.tmp").write_bytes(b"left by a killed save")
-            self.assertEqual(self.train("logged.pt").steps, steps)
+            again = self.train("logged.pt")
+            self.assertEqual((again.steps, again.losses), (steps, whole.losses))
             self.assertFalse(Path("logged.pt.tmp").exists())
-        self.assertSame(read_file("whole.pt"), read_file("logged.pt"))
+        for path in ("c.pt", "compiled.pt", "logged.pt"):
+            self.assertSame(read_file("whole.pt"), read_file(path))
+        weights = [self.train(None, eval_every=n).model.state_dict() for n in (1, 99)]
+        self.assertSame(weights, 2 * [whole.model.state_dict()])  # however often it validates
+        longer = self.train("c.pt", steps=12)
+        self.assertEqual((longer.steps, longer.losses[0][:-2]), (3, whole.losses[0]))
         model = tiny_gpt(dropout=0.2)
         self.assertEqual(self.train(None, model=model, on_eval=stop).steps, 2)
         self.assertFalse(model.stop_training)
@@ -1010,60 +771,49 @@ class TestGPTCheckpoint(TrainedCase):
         self.train("sgd.pt", sgd, stop_after=1)
         self.train("c.pt", stop_after=1)
         saved = read_file("c.pt")
-        old = {key: saved[key] for key in ("format", "sizes", "notes", "weights", "run")}
-        resumed = [(read_file("sgd.pt"), GPT, ("SGD", "AdamW")), (saved, sgd, ("SGD", "AdamW")),
-                   (old, GPT, ("only a model", "older version"))]
-        both = [(saved, WithAnotherLayer, ("last_norm.weight", "(16,)", "missing"))] + [
-            (saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, (name, word))
-            for name, word in (("surplus", "missing"), ("linear.bias", "(40,)"))]
-        loaded = [(saved | {"sizes": saved["sizes"] | {name: value}}, GPT, words)
-                  for name, value, *words in (
-                      ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2", "missing"),
-                      ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"),
-                      ("layers", 2, "layers"))]
-        for content, cls, words in resumed + both:
+        for content, cls, calls, *words in (
+            (saved, Edited, "fit load", "last_norm.weight", "(16,)"),
+            *((saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, "fit load",
+               name, "(39,)") for name in ("surplus", "linear.bias")),
+            (read_file("sgd.pt"), GPT, "fit", "SGD", "AdamW"), (saved, sgd, "fit", "SGD", "AdamW"),
+            ({k: v for k, v in saved.items() if k != "random_states"}, GPT, "fit", "older"),
+            *((saved | {"sizes": saved["sizes"] | {name: value}}, GPT, "load", *words)
+              for name, value, *words in (
+                  ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2"),
+                  ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"), ("layers", 2))),
+        ):
             torch.save(content, "bad.pt")
             model, before = tiny_gpt(cls), Path("bad.pt").read_bytes()
             weights = copy.deepcopy(model.state_dict())
-            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
-                self.train("bad.pt", model=model)
+            for call in calls.split():
+                with self.subTest(call, words=words), self.assertSays(ValueError, "bad.pt", *words):
+                    self.train("bad.pt", model=model) if call == "fit" else cls.load("bad.pt")
             self.assertSame(weights, model.state_dict())  # nothing half-loaded
             self.assertEqual(before, Path("bad.pt").read_bytes())
-        for content, cls, words in both + loaded:
-            torch.save(content, "bad.pt")
-            with self.subTest(words), self.assertSays(ValueError, "bad.pt", *words):
-                cls.load("bad.pt")
 
     def test_round_trip(self):
-        model = tiny_gpt().eval()
+        model = tiny_gpt(emb_size=np.int64(16), dropout=np.float32(0)).eval()
         model.notes = {"name": "größer", "n": [1, 2.5, None, True, (1,)], "t": torch.ones(2)}
         model.save("m.pt")
         saved = read_file("m.pt")
-        del saved["code"]
-        torch.save(saved, "old.pt")  # as earlier versions wrote it
-        x, state = torch.randint(40, (2, 9)), torch.get_rng_state()
-        for path in ("m.pt", Path("old.pt")):
+        torch.save(saved | {"code": "edited"}, "edited.pt")
+        GPT.load("edited.pt")
+        self.assertEqual(sys.stderr.getvalue().count("edited.pt: the model's code was edited"), 1)
+        torch.save({k: v for k, v in saved.items() if k != "code"}, "old.pt")  # earlier form
+        x = torch.randint(40, (2, 9))
+        for path in ("m.pt", Path("old.pt"), "again.pt"):
             loaded = GPT.load(path)
-            self.assertFalse(any(module.training for module in loaded.modules()))
+            loaded.save("again.pt")
+            self.assertFalse(any(modes(loaded)))
             self.assertSame((loaded.sizes, loaded.notes), (model.sizes, model.notes))
             self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()))
-            self.assertClose(loaded(x), model(x))
         half = GPT.load("m.pt", dtype="bf16")
+        self.assertEqual({p.dtype for p in half.parameters()}, {torch.bfloat16})
         self.assertClose(half(x).float(), model(x), 0.2)
-        self.assertEqual(half.generate(x, 9, False).shape, (2, 18))
-        self.assertTrue(torch.equal(state, torch.get_rng_state()))
-        self.assertEqual(sys.stderr.getvalue(), "")
-
-    def test_edited_code_is_told(self):
-        code = "from GPT import GPT\n\n\nclass Own(GPT):\n    pass\n"
-        Path("use.py").write_text(
-            "import torch, own\nx, model = torch.ones(2, 5).long(), own.Own(9, 8, 8, 2, 4, 1)\n"
-            "if not model.notes:\n    model.fit([(x, x)], [(x, x)], 1, 1e-3, checkpoint='c.pt')\n"
-            "own.Own.load('c.pt')\n")
-        for content, told in ((code, 0), (code + "    n = 1\n", 2)):
-            Path("own.py").write_text(content)
-            said = self.python("use.py", env={"PYTHONPATH": f"{HERE}{os.pathsep}{self.folder}"})
-            self.assertEqual(said.count("c.pt: the model's code was edited"), told)
+        self.assertEqual(sys.stderr.getvalue().count("\n"), 1)
+        model.decoders[0].ffn = type("Own", (FeedForward,), {})(16)  # of a class in another file
+        model.save("m.pt")
+        self.assertNotEqual(read_file("m.pt")["code"], read_file("again.pt")["code"])
 
     def test_damaged_files(self):
         class Evil:
@@ -1083,97 +833,48 @@ class TestGPTCheckpoint(TrainedCase):
                 Path("bad.pt").write_bytes(content)
             else:
                 torch.save(content, "bad.pt")
-            with self.subTest(str(content)[:99]), self.assertSays(ValueError, "bad.pt", "again"):
+            with self.subTest(str(content)[:99]), self.assertSays(ValueError, "bad.pt"):
                 GPT.load("bad.pt")
             self.assertFalse(Path("pwned").exists())
         for path, error in (("missing.pt", FileNotFoundError), (".", ValueError)):
-            with self.assertSays(error, path, "train"):
+            with self.assertSays(error, path):
                 GPT.load(path)
-        refused, places = 0, random.sample(range(len(good)), 300)
-        for place in places:  # one bit is flipped
-            bad = bytearray(good)
-            bad[place] ^= 1 << random.randrange(8)
-            Path("bad.pt").write_bytes(bad)
+        refused = 0
+        for place in random.sample(range(len(good)), 300):  # one bit is flipped
+            flipped = good[place] ^ 1 << random.randrange(8)
+            Path("bad.pt").write_bytes(good[:place] + bytes([flipped]) + good[place + 1 :])
             try:
                 loaded = GPT.load("bad.pt")
             except ValueError:
                 refused += 1
             else:  # it hit padding
-                self.assertSame(dict(model.state_dict()), dict(loaded.state_dict()), place)
-                self.assertEqual((model.sizes, model.notes), (loaded.sizes, loaded.notes))
-        self.assertGreater(refused, len(places) / 4)
+                self.assertSame((loaded.sizes, loaded.notes, dict(loaded.state_dict())),
+                                (model.sizes, model.notes, dict(model.state_dict())), place)
+        self.assertGreater(refused, 300 / 4)
 
     def test_failed_save_leaves_the_old_file(self):
-        def fails(error, *words):
-            with self.assertSays(error, *words):
+        def fails(error, word):
+            with self.assertSays(error, word):
                 model.save("m.pt")
             self.assertEqual((os.listdir(), Path("m.pt").read_bytes()), (["m.pt"], before))
 
         model = tiny_gpt()
         model.save("m.pt")
         before = Path("m.pt").read_bytes()
-        for bad in (np.float64(1), np.int64(3), Path("x"), {"inside": [np.float32(1)]},
-                    {Path("k"): 1}, type("Own", (dict,), {})(), lambda: 0):
+        for bad in (np.float64(1), {"inside": [np.int64(3)]}, {Path("k"): 1}, lambda: 0):
             model.notes = {"fine": 1, "best": bad}
-            fails(ValueError, "notes['best']")
-        model.notes, model.sizes["folder"] = {}, Path("x")
-        fails(ValueError, "m.pt", "pathlib")  # nothing that can't be read back replaces a file
-        del model.sizes["folder"]
+            fails(ValueError, "best")
+        model.notes = {}
         with mock.patch("os.fsync", side_effect=OSError(5, "Input/output error")):
-            fails(OSError, "Input/output error", "not saved", "m.pt")
-        if not Path("/dev/full").exists():
-            self.skipTest("no /dev/full here to stand for a full disk")
-        os.symlink("/dev/full", "m.pt.tmp")
-        fails(OSError, "No space left", "m.pt")
+            fails(OSError, "Input/output error; not saved: 'm.pt'")
+        if not importlib.util.find_spec("resource"):
+            self.skipTest("no limit for the size of files here, to stand for a full disk")
         import resource
 
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-        fails(OSError, "too large", "m.pt")
-
-
-class WithAnotherLayer(GPT):
-    """And with weights that are frozen and numbers that aren't saved."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.last_norm = nn.LayerNorm(kwargs["emb_size"])
-        self.decoders[0].requires_grad_(False)
-        self.register_buffer("scale", torch.arange(kwargs["emb_size"]) / 9, persistent=False)
-
-    def hidden(self, x, cache=None):
-        return self.last_norm(super().hidden(x, cache)) * self.scale
-
-
-class Tied(GPT):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.linear.weight = self.token_embeddings.embedding.weight
-
-
-class TestGPTEdited(TrainedCase):
-    """Models that people make from this one: trained, stopped, resumed, saved, loaded, sampled."""
-
-    def test_train_resume_save_load_generate(self):
-        x = torch.tensor([[1, 8], [3, 4]])
-        for cls in (WithAnotherLayer, Tied, with_optimizer(
-                lambda parameters, rate: Momentum64(parameters, {"lr": rate, "count": 0}))):
-            name, before = cls.__name__, tiny_gpt(cls)(x)
-            whole = self.train(f"{name}1", cls, steps=4).model.eval()
-            self.train(f"{name}2", cls, steps=4, stop_after=2)
-            self.assertEqual(self.train(f"{name}2", cls, steps=4).steps, 2)
-            self.assertSame(read_file(f"{name}1"), read_file(f"{name}2"), name)
-            state, loaded = torch.get_rng_state(), cls.load(f"{name}2")
-            self.assertIs(type(loaded), cls)
-            self.assertSame(loaded(x), whole(x))
-            self.assertSame(torch.get_rng_state(), state)
-            self.assertFalse(torch.allclose(loaded(x), before, atol=1e-3))
-            self.assertSame(loaded.generate(x, 15, False),  # beyond max_seq_len = 12
-                            loaded.generate(x, 15, False, use_cache=False))
-            loaded.fit(counting_batches(2), counting_batches(1), 1, 1e-2)
-            if cls is Tied:  # it stays so
-                self.assertIs(loaded.linear.weight, loaded.token_embeddings.embedding.weight)
+        fails(OSError, "too large; not saved: 'm.pt'")
 
 
 class TestGetData(Case):
