@@ -1329,14 +1329,14 @@ class RunCase(Case):
     def write(self, name, text):
         Path(name).write_bytes(text.encode())  # the same bytes on every system
 
-    def call(self, script, constants, out=None):
+    def call(self, script, constants):
         """script.main() with these constants; returns what it printed."""
-        out = out or io.StringIO()
-        try:
-            with mock.patch.multiple(script, **constants), contextlib.redirect_stdout(out):
+        with (mock.patch.multiple(script, **constants),
+              contextlib.redirect_stdout(io.StringIO()) as self.printed):
+            try:
                 script.main()
-        finally:
-            self.printed = out.getvalue()
+            finally:
+                self.printed = self.printed.getvalue()
         return self.printed
 
     def train(self, **changes):
@@ -1353,19 +1353,19 @@ class RunCase(Case):
 
     def edited(self, **edits):
         """A new folder with our scripts, imported as in a new process; returns its train.py.
-        edits: a file's name without .py, and its (old, new), …"""
+        edits: a file's name without .py, and {old: new}."""
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="scripts"))
         for file in HERE.glob("*.py"):
-            shutil.copy(file, folder)
-        for name, pairs in edits.items():
-            text = (folder / f"{name}.py").read_text("utf-8")
-            for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+            text = file.read_text("utf-8")
+            for old, new in edits.get(file.stem, {}).items():
                 self.assertIn(old, text)
                 text = text.replace(old, new, 1)
-            (folder / f"{name}.py").write_text(text, "utf-8")
+            (folder / file.name).write_text(text, "utf-8")
         self.addCleanup(sys.modules.update, {name: sys.modules.pop(name) for name in MODULES})
         with mock.patch.object(sys, "path", [str(folder), *sys.path]):
-            return [importlib.import_module(name) for name in MODULES][MODULES.index("train")]
+            for name in MODULES:
+                importlib.import_module(name)
+        return sys.modules["train"]
 
     def rows(self, folder="out"):
         with open(f"{folder}/metrics.csv", newline="") as file:
@@ -1398,10 +1398,27 @@ class RunCase(Case):
 
 class TestTrain(RunCase):
     def test_the_whole_run(self):
-        """Its files, lines and numbers; the best model; bits per byte from first principles."""
+        """The last tenth of every document is held out, from the beginning of a line; special
+        tokens written in a text are those tokens; files, lines and numbers; the best model; bits
+        per byte from first principles."""
+        texts = ["\ufeffone\r\ntwo " * 80, "<|user|> drei\n\n  vier\x00 " * 60,
+                 "пять 🚀 " * 90 + "\nend", "🚀" * 501]  # the last two: no line is near
+        for n, text in enumerate(texts):
+            self.write(f"{n}.txt", text)
         with in_step(10, lambda optimizer: [  # spoilt: step 8 is the best
                 p.data.normal_() for p in optimizer.param_groups[0]["params"]]):
-            printed = self.train(DATA_FILE=["text.txt", "text.txt"], OUT_DIR="poems")
+            printed = self.train(DATA_FILE=["0.txt", "1.txt", Path("2.txt"), "3.txt"],
+                                 OUT_DIR="poems", SPECIAL_TOKENS=(END, "<|user|>"))
+        documents, bpe = self.documents("poems"), BPE.load("poems/tokenizer.json")
+        for (seen, held_out), text in zip(documents, texts, strict=True):
+            self.assertEqual(seen + held_out, text)
+            self.assertEqual(seen.endswith("\n"), text in texts[:2])
+            self.assertAlmostEqual(len(held_out) / len(text), 0.1, delta=0.05)
+        text = END.join(seen for seen, _ in documents)  # all that the tokenizer has seen
+        self.assertEqual(bpe.merges, BPE(270, special_tokens=(END, "<|user|>")).fit(text).merges)
+        train_ids, ids = (np.load(f"poems/{part}.npy").astype(int) for part in ("train", "valid"))
+        user = bpe.special_tokens["<|user|>"]
+        self.assertEqual((train_ids == user).sum() + (ids == user).sum(), 60)
         files = "tokenizer.json train.npy valid.npy model.pt checkpoint.pt metrics.csv .lock"
         picture = " loss.png" if importlib.util.find_spec("matplotlib") else ""
         self.assertEqual(set((files + picture).split()), set(os.listdir("poems")))
@@ -1413,36 +1430,16 @@ class TestTrain(RunCase):
                          "valid_bits_per_byte learning_rate tokens_per_second".split())
         self.assertEqual([(row["step"], row["tokens"]) for row in rows],
                          [(str(n), str(n * 2 * 4 * 16)) for n in (4, 8, 12)])
-        model, ids = GPT.load("poems/model.pt"), np.load("poems/valid.npy").astype(np.int64)
+        model, best = GPT.load("poems/model.pt"), rows[1]
         self.assertEqual(model.notes["metrics"][-1]["step"], 8)
-        best, report = rows[1], printed.split("best validation loss")[1]
         for words in (best["valid_loss"], best["valid_bits_per_byte"], "step 8 of 12", "'poems'"):
-            self.assertIn(words, report)
-        # the tokenizer has seen the training part alone
-        (seen, held_out), _ = self.documents("poems")
-        self.assertEqual(BPE.load("poems/tokenizer.json").merges,
-                         BPE(270, special_tokens=(END,)).fit([seen] * 2).merges)
+            self.assertIn(words, printed.split("best validation loss")[1])
         # bits per byte: what probability the best model gives to the held-out part
         windows = [torch.from_numpy(ids[i : i + 17]) for i in range(0, len(ids) - 16, 16)]
         nats = [F.cross_entropy(model(w[None, :-1])[0], w[1:]).item() for w in windows]
-        bits = sum(nats) / len(nats) * len(ids) / len((held_out * 2).encode()) / math.log(2)
+        held_bytes = sum(len(part.encode()) for _, part in documents)
+        bits = sum(nats) / len(nats) * len(ids) / held_bytes / math.log(2)
         self.assertAlmostEqual(bits, float(best["valid_bits_per_byte"]), places=3)
-
-    def test_the_last_tenth_of_every_document_is_held_out(self):
-        """From the beginning of a line; special tokens written in a text are those tokens."""
-        texts = ["\ufeffone\r\ntwo " * 40, "<|user|> drei\n\n  vier\x00 " * 30,
-                 "пять 🚀 " * 60 + "\nend", "🚀" * 501]  # the last two: no line is near
-        for n, text in enumerate(texts):
-            self.write(f"{n}.txt", text)
-        self.train(DATA_FILE=["0.txt", "1.txt", Path("2.txt"), "3.txt"], MAX_STEPS=1,
-                   SPECIAL_TOKENS=(END, "<|user|>"))
-        for (seen, held_out), text in zip(self.documents(), texts, strict=True):
-            self.assertEqual(seen + held_out, text)
-            self.assertEqual(seen.endswith("\n"), text in texts[:2])
-            self.assertAlmostEqual(len(held_out) / len(text), 0.1, delta=0.05)
-        ids = [*np.load("out/train.npy").tolist(), *np.load("out/valid.npy").tolist()]
-        user = BPE.load("out/tokenizer.json").special_tokens["<|user|>"]
-        self.assertEqual(ids.count(user), 30)
 
     def test_the_default_text_and_what_a_validation_reads_of_it(self):
         from pydoc_data.topics import topics
@@ -1521,8 +1518,7 @@ class TestTrain(RunCase):
                 (8, "model.stop_training = True", last, [4, 8, 12]), (8, "1 / 0", last, [4, 8, 12]),
                 (4, "1 / 0", first, [8, 12])):  # before train.py has written its row
             added = f"        if metrics['step'] == {step}:\n            {line}\n"
-            edit = (first, first + added) if place == first else (last, f"\n{added}{last[1:]}")
-            module = self.edited(train=edit)
+            module = self.edited(train={place: place.replace("\n", f"\n{added}", 1)})
             with self.subTest(line, step=step):
                 with contextlib.suppress(ZeroDivisionError):
                     self.call(module, SMALL)
@@ -1740,13 +1736,13 @@ class TestRunFolder(RunCase):
                          (2 * 3 * 9, 2.0, learning_rate_at(1, 2e-2, 0, 2)))
 
     def test_what_is_refused_moves_nothing(self):
-        """Constants and texts; folders of others; another run's model with the wrong sizes, or
-        beside a tokenizer that isn't its own."""
+        """Constants, texts, folders of others, models to begin with, spoilt files."""
         self.train(MAX_STEPS=8)
         for folder in ("unmarked", "wrong"):
             shutil.copytree("out", folder)
         os.remove("unmarked/.lock")
-        BPE(270, special_tokens=(END,)).fit("other text").save("wrong/tokenizer.json")
+        other = BPE(270, special_tokens=(END,)).fit("other text")
+        other.save("wrong/tokenizer.json")
         for name, text in (("utf16.txt", ("hello " * 900).encode("utf-16")), ("empty.txt", b""),
                            ("latin.txt", "grün ".encode("latin-1") * 400), ("short.txt", b"hi"),
                            ("project/metrics.csv", b"mine"), ("mine/tokenizer.json", b"mine")):
@@ -1776,6 +1772,14 @@ class TestRunFolder(RunCase):
                 (ValueError, "emb", dict(INIT_FROM="unmarked/model.pt", EMB_SIZE=8)),
                 (ValueError, "wrong.tokenizer", dict(INIT_FROM="wrong/model.pt"))):
             self.assertFails(error, words, **changes)
+        ids = np.full_like(np.load("out/train.npy"), 999)
+        for name, spoil, words in (
+                ("tokenizer.json", other.save, "out.tokenizer"),
+                ("train.npy", lambda path: np.save(path, ids), "id 999"),
+                ("checkpoint.pt", lambda path: os.truncate(path, 5000), "checkpoint.pt.*damaged")):
+            spoil(f"out/{name}")
+            self.assertFails(ValueError, words)
+            shutil.copy(f"unmarked/{name}", "out")  # put back
         self.assertEqual(files_of("."), before)
         self.assertIn("resuming out after step 8", self.train())
         self.write("few.txt", "a" * 2000)  # long enough in bytes, not in tokens: known only later
@@ -1805,7 +1809,7 @@ class TestRunFolder(RunCase):
         shutil.copy("text.txt", "disk/run")
         before = files_of("disk")
         for folder, out, text in ((".", "out", "out/text.txt"),  # the text is in it
-                                  ("disk/run", ".", "text.txt"), (".", "../run", "../../text.txt")):
+                                  ("disk/run", "../run", "../../text.txt")):
             os.chdir(folder)
             self.assertFails(ValueError, f"OUT_DIR='{out}'.*SEED: 2 -> 3", SEED=3, OUT_DIR=out,
                              DATA_FILE=text)
@@ -1834,20 +1838,6 @@ class TestRunFolder(RunCase):
         self.assertIn("resuming tuned after step 12",
                       self.train(**tuning, VOCAB_SIZE=999, MAX_STEPS=13))
 
-    def test_spoilt_files_are_found_before_they_are_used(self):
-        self.train(MAX_STEPS=8)
-        shutil.copytree("out", "good")
-        good, ids = files_of("good"), np.load("out/train.npy")
-        other = BPE(260, special_tokens=(END,)).fit("other text")
-        for name, spoil, words in (
-                ("tokenizer.json", other.save, "tokenizer.json"),
-                ("train.npy", lambda path: np.save(path, np.full_like(ids, 999)), "id 999"),
-                ("checkpoint.pt", lambda path: os.truncate(path, 5000), "checkpoint.pt.*damaged")):
-            spoil(f"out/{name}")
-            self.assertFails(ValueError, words)
-            shutil.copy(f"good/{name}", "out")
-            self.assertEqual(files_of("out"), good)  # and nothing else was touched
-        self.assertIn("resuming out after step 8", self.train())
 
 
 class TestPlaces(RunCase):
@@ -1856,19 +1846,19 @@ class TestPlaces(RunCase):
     def run_script(self, name, out, **constants):
         """Run a copy with these constants as `python name.py` does, but in this process."""
         main = "\nif __name__"
-        self.edited(**{name: (main, f"\nglobals().update({constants})\n{main}")})
+        self.edited(**{name: {main: f"\nglobals().update({constants})\n{main}"}})
         with contextlib.redirect_stdout(out):
             runpy.run_path(sys.modules[name].__file__, run_name="__main__")
 
-    def test_interrupted_before_the_training(self):
-        """One line; other errors show Python's traceback; a picture never ends a run."""
+    def test_what_goes_wrong(self):
+        """Python's traceback; Ctrl-C before the training: one line; a picture never ends a run."""
+        with self.assertRaises(FileNotFoundError):
+            self.run_script("train", io.StringIO(), DATA_FILE="nowhere.txt")
         with (mock.patch.object(os, "replace", side_effect=KeyboardInterrupt),
               contextlib.redirect_stderr(io.StringIO()) as said,
               self.assertRaises(SystemExit) as stopped):
             self.run_script("train", io.StringIO(), **SMALL)
         self.assertEqual((stopped.exception.code, said.getvalue()), (130, "interrupted\n"))
-        with self.assertRaises(FileNotFoundError):
-            self.run_script("train", io.StringIO(), DATA_FILE="nowhere.txt")
         with mock.patch.dict(sys.modules, {"matplotlib": None, "matplotlib.figure": None}):
             self.assertRegex(self.train(), "(?s)step 12.*loss.png.* matplotlib.*a sample of")
 
@@ -1889,19 +1879,18 @@ class TestPlaces(RunCase):
 
     def test_a_line_for_each_validation(self):
         """On a terminal above the bar, in a thread, on a console that lacks characters."""
-        class Screen(io.TextIOWrapper):
-            isatty = lambda self: True  # noqa: E731
-            getvalue = lambda self: (self.flush(), self.buffer.getvalue())[1].decode()  # noqa: E731
-
         self.write("text.txt", "".join(random.choices("🚀é\n", k=6000)))
-        screen = Screen(io.BytesIO(), "ascii")
-        with contextlib.redirect_stderr(screen):
-            thread = threading.Thread(target=self.call, args=(train, SMALL, screen))
+        screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+        screen.isatty = lambda: True
+        with (contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen),
+              mock.patch.multiple(train, **SMALL)):
+            thread = threading.Thread(target=train.main)
             thread.start()
             thread.join()
+            screen.flush()
         for line in ("train: ", "step 4 of 12", "step 8 of 12", "step 12 of 12", "best validation"):
-            self.assertRegex(self.printed, rf"(?m)(^|\r){line}.*\n")
-        with contextlib.redirect_stdout(None), mock.patch.multiple(train, **SMALL | {"SEED": 2}):
+            self.assertRegex(screen.buffer.getvalue().decode(), rf"(?m)(^|\r){line}.*\n")
+        with contextlib.redirect_stdout(None), mock.patch.multiple(train, **SMALL | dict(SEED=2)):
             train.main()
         self.assertEqual(self.steps(), [4, 8, 12])
 
@@ -1915,25 +1904,25 @@ class TestEdits(RunCase):
         optimizer = re.search(r"    def make_optimizer\([^:]*:[^)]*\)[^\n]*:\n", code["GPT"])[0]
         block = re.search(r"        x = self.norm1.*\n.*self.norm2.*\n", code["Decoder"])[0]
         line = re.search(r"(?m)^( +)bar\.update\(.*\n", code["GPT"])
-        fit, floor, lines, main = ("model.fit(train, valid, 1, ", "\nSETTINGS = ", "\nMAX_STEPS = ",
-                                   "\ndef main()")
+        above, below, main = "\nSETTINGS = ", "\nMAX_STEPS = ", "\ndef main()"
+        fit = "model.fit(train, valid, 1, LEARNING_RATE"
         edits = dict(
-            FFN=("torch.relu(", "nn.functional.gelu("),
-            Decoder=(block, "        x = x + self.attention(self.norm1(x), cache)\n"
-                            "        return x + self.ffn(self.norm2(x))\n"),
-            GPT=(optimizer, optimizer + "        return torch.optim.SGD(self.parameters(), "
-                 "lr=learning_rate, momentum=0.9)\n"),
-            train=(floor, f"\nFLOOR = 0.2\nKINDS = [int, math.sin]{floor}",
-                   lines, f"\nLOG_LEVEL = 1{lines}", main,
-                   "\ndef rate_at(step):\n    return LEARNING_RATE * (FLOOR + (1 - FLOOR) * "
-                   f"(1 - step / MAX_STEPS))\n\n{main}", f"{fit}LEARNING_RATE", f"{fit}rate_at"))
+            FFN={"torch.relu(": "nn.functional.gelu("},
+            Decoder={block: "        x = x + self.attention(self.norm1(x), cache)\n"
+                            "        return x + self.ffn(self.norm2(x))\n"},
+            GPT={optimizer: optimizer + "        return torch.optim.SGD(self.parameters(), "
+                 "lr=learning_rate, momentum=0.9)\n"},
+            train={above: f"\nFLOOR = 0.2\nKINDS = [int, math.sin]{above}",
+                   below: f"\nLOG_LEVEL = 1{below}", fit: fit.replace("LEARNING_RATE", "rate_at"),
+                   main: "\ndef rate_at(step):\n    return LEARNING_RATE * (FLOOR + (1 - FLOOR) * "
+                         f"(1 - step / MAX_STEPS))\n\n{main}"})
         module = self.edited(**edits)
         self.call(module, SMALL | dict(OUT_DIR="whole"))
         with in_step(6, signal.SIGINT), self.assertRaises(SystemExit):
             self.call(module, SMALL)
         self.assertRegex(self.printed, r'FLOOR: None -> 0.2, KINDS: None -> \["int", "sin"].*out-1')
         self.assertEqual(files_of("out-1"), before)
-        edits["GPT"] += (line[0], line[0] + line[1] + "print('logged', flush=True)\n")
+        edits["GPT"][line[0]] = line[0] + line[1] + "print('logged', flush=True)\n"
         module = self.edited(**edits)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             self.call(module, SMALL | dict(LOG_LEVEL=2))
