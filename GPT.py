@@ -198,8 +198,8 @@ class GPT(nn.Module):
 
         x, y: ids (B, T) of any integer type, y the token after x. ValueError for any other.
         """
-        x, y = (check_ids(ids, self.sizes["vocab_size"]) for ids in (x, y))
-        x, y = (ids.to(self.device, non_blocking=True) for ids in (x, y))
+        x, y = (check_ids(ids, self.sizes["vocab_size"]).to(self.device, non_blocking=True)
+                for ids in (x, y))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             logits = (self if net is None else net)(x)  # (B, T) -> (B, T, V)
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
@@ -251,9 +251,9 @@ class GPT(nn.Module):
         dtype, (rank, ranks) = pick_dtype(self.device, dtype), process_rank()
         rates = schedule(learning_rate, warmup_steps, total_steps)
         optimizer = self.make_optimizer(max(rates), weight_decay)
-        shares = [group["lr"] / max(rates) for group in optimizer.param_groups]
+        shares = [group["lr"] / max(rates) for group in optimizer.param_groups]  # of the peak
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        code_of(self)  # remembers the code as it is now, before somebody edits it
+        code_of(self)  # reads the code now: it may be edited while the model trains
         run = {"step": 0, "tokens": 0, "train_losses": [], "valid_losses": []}
         if checkpoint is not None:
             load_checkpoint(checkpoint, self, optimizer, run)
@@ -273,20 +273,20 @@ class GPT(nn.Module):
             while run["step"] < total_steps and not stop:
                 # batch
                 batches = [next(stream) for _ in range(accumulate)]
-                tokens, total = sum(y.numel() for _, y in batches), 0.0
+                tokens, step_loss = sum(y.numel() for _, y in batches), 0.0
                 # loss, backward: the last backward of a step averages over the ranks
                 for n, (x, y) in enumerate(batches, start=1):
                     with net.no_sync() if ranks > 1 and n < accumulate else nullcontext():
                         loss = self.loss(x, y, dtype, net) / tokens
                         loss.backward()
-                    total += loss.detach()
+                    step_loss += loss.detach()
                 # clip, check
                 norm = nn.utils.clip_grad_norm_(trained, grad_clip)
-                train_loss, norm = torch.stack([total, norm]).tolist()  # waits for the device once
-                if not math.isfinite(train_loss + norm):  # a step would make every weight NaN
+                step_loss, norm = torch.stack([step_loss, norm]).tolist()  # waits for it once
+                if not math.isfinite(step_loss + norm):  # a step would make every weight NaN
                     self.zero_grad()
                     raise FloatingPointError(
-                        f"step {run['step'] + 1}: loss {train_loss}, gradient norm {norm}; the "
+                        f"step {run['step'] + 1}: loss {step_loss}, gradient norm {norm}; the "
                         f"weights are those of step {run['step']}. Lower the learning rate, "
                         f"lengthen the warm-up, or check the data")
                 # step
@@ -297,9 +297,9 @@ class GPT(nn.Module):
                 self.zero_grad()
                 run["step"] += 1
                 run["tokens"] += tokens * ranks
-                losses.append(train_loss)
+                losses.append(step_loss)
                 speed = (run["tokens"] - tokens_before) / (time.perf_counter() - clock)
-                bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {step_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 # validate
                 (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
@@ -347,7 +347,7 @@ class GPT(nn.Module):
             raise ValueError(f"dtype={dtype!r}: pick one of {', '.join(DTYPES)}")
         saved = read_file(path)
         try:
-            with fork_rng(devices=[]):  # the initial weights are replaced below
+            with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
                 model = cls(**saved["sizes"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: its constructor arguments are wrong: {error}") from None
@@ -490,11 +490,15 @@ def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
 
 
 def pick_device(device: str = "auto") -> str:
-    """"auto": the first available of cuda, mps, cpu. torch's own error for one that isn't."""
+    """"auto": the first available of cuda, mps, cpu. ValueError for a device that isn't."""
     if device == "auto":
         return ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
-    torch.zeros(1, device=device).item()  # "meta" holds no values
+    try:
+        torch.zeros(1, device=device).item()  # "meta" holds no values
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f'device={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
+                         f"for the fastest that works here") from None
     return device
 
 
@@ -587,7 +591,7 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if "random_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    check_weights(path, saved, model)
+    check_weights(path, saved, model)  # before the optimizer is touched
     if saved["kind"] != type(optimizer).__name__:
         raise ValueError(f"{path}: its optimizer is {saved['kind']}, not "
                          f"{type(optimizer).__name__}: give the checkpoint another name")
@@ -599,7 +603,8 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
             if isinstance(value, Tensor):
                 optimizer.state[trained[n]][key] = value.to(optimizer.state[trained[n]][key].device)
     run.update(saved["run"])
-    for state in saved["random_states"][rank : rank + 1]:  # none for a rank that is new
+    if rank < len(saved["random_states"]):  # else this rank is new
+        state = saved["random_states"][rank]
         torch.set_rng_state(state["cpu"])
         if model.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], model.device)
@@ -608,10 +613,11 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
 def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
     """ValueError, naming one, if the file's weights differ from the model's in name or shape. The
     model may be on the meta device."""
-    found, needed = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
-                     for weights in (saved["weights"], model.state_dict()))
+    found = {name: tuple(getattr(w, "shape", ())) for name, w in saved["weights"].items()}
+    needed = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     for name in found | needed:
-        if (f := found.get(name, "missing")) != (n := needed.get(name, "missing")):
+        f, n = found.get(name, "missing"), needed.get(name, "missing")
+        if f != n:
             raise ValueError(f"{path}: its weights don't fit {type(model).__name__}("
                              f"{model.sizes}): {name} is {f} in the file, {n} in the model. Build "
                              f"the model that was saved, or use another file")
