@@ -1742,13 +1742,14 @@ class TestRunFolder(RunCase):
                 ("WARMUP_STEPS", 0.1, -1), ("WEIGHT_DECAY", -1), ("SEED", -1, None),
                 ("MAX_SEQ_LEN", 0, 2.5), ("DROPOUT", "0.1", 1), ("NUM_HEADS", True, 0),
                 ("MAX_STEPS", 0), ("VOCAB_SIZE", 256), ("EVAL_TOKENS", 0), ("DTYPE", "fp16"),
-                ("DEVICE", "tpu9"), ("ACCUMULATE", 0), ("SPECIAL_TOKENS", ["a", "a"], ["<a b>"]),
-                ("INIT_FROM", {1}), ("OUT_DIR", "project", "mine", ".", "project/..", "unmarked")):
+                ("DEVICE", "tpu9"), ("ACCUMULATE", 0), ("SPECIAL_TOKENS", ["a", "a"]),
+                ("OUT_DIR", "project", "mine", ".", "project/..", "unmarked")):
             for value in values:
                 self.assertFails((ValueError, RuntimeError), f"{name}.*{re.escape(str(value))}",
                                  **{name: value})
         for error, words, changes in (
                 (OSError, "text.txt", dict(OUT_DIR="text.txt")),
+                (ValueError, "special.token.*<a b>", dict(SPECIAL_TOKENS=["<a b>"])),
                 (OSError, "missing.txt", dict(DATA_FILE=["text.txt", "missing.txt"])),
                 (OSError, "", dict(DATA_FILE=".")), (ValueError, "DATA_FILE", dict(DATA_FILE=[])),
                 (ValueError, "DATA_FILE", dict(DATA_FILE="empty.txt")),
@@ -1892,7 +1893,7 @@ class TestEdits(RunCase):
                             "        return x + self.ffn(self.norm2(x))\n"},
             GPT={optimizer: optimizer + "        return torch.optim.SGD(self.parameters(), "
                  "lr=learning_rate, momentum=0.9)\n"},
-            train={above: f"\nFLOOR = 0.2\nKINDS = [int, math.sin]{above}",
+            train={above: f"\nFLOOR = 0.2\nKIND = int{above}",
                    below: f"\nLOG_LEVEL = 1{below}", fit: fit.replace("LEARNING_RATE", "rate_at"),
                    main: "\ndef rate_at(step):\n    return LEARNING_RATE * (FLOOR + (1 - FLOOR) * "
                          f"(1 - step / MAX_STEPS))\n\n{main}"})
@@ -1900,7 +1901,7 @@ class TestEdits(RunCase):
         self.call(module, SMALL | dict(OUT_DIR="whole"))
         with in_step(6, signal.SIGINT), self.assertRaises(SystemExit):
             self.call(module, SMALL)
-        self.assertRegex(self.out.getvalue(), r'FLOOR: None -> 0.2, KINDS: .*"int", "sin".*out-1')
+        self.assertRegex(self.out.getvalue(), "FLOOR: None -> 0.2, KIND: None -> int.*out-1")
         self.assertEqual(files_of("out-1"), before)
         edits["GPT"][line[0]] = line[0] + line[1] + "print('logged', flush=True)\n"
         module = self.edited(**edits)
