@@ -281,45 +281,37 @@ KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/／])"
                  r"|(?<=[a-zA-Zа-яё一-鿿ぁ-ゖァ-ヺ])(?=[,.;!?({<\"，。、；：！？])")
 
-# `re` knows no \p{L}. So a text's characters are folded to 161 letters, and the pattern is
-# translated to them: ASCII stays, another character becomes the letter of its category. \x85, a
-# line end, and long s and the Kelvin sign, an s and a k to (?i:...), have letters of their own.
+# `re` knows no \p{L}. So text and pattern are folded to an alphabet of 192 letters: \x00-\x9f, then
+# one for each category of the other characters, \xa0 for Lu. Only long s and the Kelvin sign stay
+# what they are: (?i:s) and (?i:k) match them.
 CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
               "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
-CATEGORY_OF = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES + ["Cc", "Ll", "Lu"]
-NEXT_LINE, LONG_S, KELVIN = 158, 159, 160
-SPACE = {b for b in range(161) if CATEGORY_OF[b][0] == "Z" or 9 <= b <= 13} | {NEXT_LINE}
+CATEGORY_OF = {c: unicodedata.category(c) for c in (*map(chr, range(160)), "\u017f", "\u212a")}
+CATEGORY_OF |= {chr(160 + i): category for i, category in enumerate(CATEGORIES)}
+SPACE = {c for c, kind in CATEGORY_OF.items() if kind[0] == "Z" or c in "\t\n\v\f\r\x85"}
 FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category hasn't been asked yet
-FOLD[:128] = range(128)
-FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
+FOLD[:160] = range(160)
+FOLD[[0x17F, 0x212A]] = 254, 253
 
-# What a pattern may have: sets, classes, letters in any case, and what all engines read alike.
+# What a pattern may have: what the ones above need, which all engines read alike.
 CLASS = r"\\[pP]\{\w+\}|\\[sS]"
-CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
-ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
-                  r"|\(\?i:(?P<any>(?:['|a-zA-Z]|\[[a-zA-Z]+\])+)\)|(?P<group>\((?!\?))|\(\?[:=!>]"
-                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:\}}|,\d*\}}\??)(?![+?])|(?![(^${{}}])(?:{CHARACTER})")
+LETTER = r"""(?:\\[rntf.*+?|^$(){}[\]&~/-]|[\w !"#%',/:;<=>@`])"""
+SET = rf"\[\^?(?:{CLASS}|{LETTER}(?:-{LETTER})?|[.*+?$()])+\]"
+ITEM = (rf"{SET}|{CLASS}|{LETTER}|\(\?i:(?:['|a-zA-Z]|\[[a-zA-Z]+\])+\)|\(\?[:>]|\(\?!(?=\\S\))"
+        r"|[)|.]|[*+?][+?]?|\{\d+(?:,\d+)?\}(?![+?])")
 
 
 def translate(item: re.Match) -> str:
-    """One item of a pattern, in folded letters."""
-    def members(name: re.Match) -> str:                  # \p{L}, \P{L}, \s, \S
+    """One item of a pattern, with \\p{L}, \\P{L}, \\s, \\S as sets of folded letters."""
+    def members(name: re.Match) -> str:
         kind = name[0][3:-1]
-        found = [CATEGORY_OF[b].startswith(kind) if kind else b in SPACE for b in range(161)]
-        if not any(found):
+        found = {c for c in CATEGORY_OF if CATEGORY_OF[c].startswith(kind)} if kind else SPACE
+        if not found:
             raise ValueError(f"{name[0]}: give a general category of Unicode, such as L, Lu or N")
-        return "".join(f"\\x{b:02x}" for b in range(161) if found[b] == (name[0][1] in "ps"))
+        return re.escape("".join(found if name[0][1] in "ps" else CATEGORY_OF.keys() - found))
 
-    def both_cases(letters: re.Match) -> str:            # [st] or t of (?i:[st]|t)
-        both = letters[0].strip("[]").lower() + letters[0].strip("[]").upper()
-        return f"[{both}{chr(LONG_S) * ('s' in both)}{chr(KELVIN) * ('k' in both)}]"
-
-    if item["set"] and re.search(r"&&|--|~~|\|\||\\[sS]-|\}-|-\\[pPsS]", item["set"]):
-        raise ValueError(f"{item['set']}: no set operations, no ranges of classes")
-    if item["any"]:
-        return "(?:" + re.sub(r"\[\w+\]|\w", both_cases, item["any"]) + ")"
     text = re.sub(CLASS, members, item[0])
-    return "(?:" if item["group"] else f"[{text}]" if item["class"] else text
+    return f"[{text}]" if re.fullmatch(CLASS, item[0]) else text
 
 
 class Splitter:
@@ -330,27 +322,24 @@ class Splitter:
     def __init__(self, pattern: str, normal: str | None = None):
         self.pattern, self.normal, self.known = pattern, normal, pattern in KNOWN
         try:
-            if odd := re.sub("[ -~]", "", pattern) or ITEM.sub("", pattern):
-                raise ValueError(f"{odd}: only ASCII, classes, sets, groups and repetitions")
-            text = ITEM.sub(translate, pattern)
+            if rest := pattern[re.match(f"(?a:{ITEM})*", pattern).end():]:
+                raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions, (?!\\S)")
+            text = re.sub(f"(?a:{ITEM})", translate, pattern)
             if re.match(text, ""):
                 raise ValueError("it matches the empty text")
             # What a pattern leaves out becomes a word of its own: no text gets lost.
-            rest = "" if self.known else f"|(?:(?!{text})[\\x00-\\xff])+"
+            rest = "" if self.known else f"|(?:(?!{text})(?s:.))+"
             self.find_all = re.compile(text + rest).findall
         except (ValueError, re.error) as error:
             raise ValueError(f"pattern {pattern!r}: {error}; write it like GPT4_PATTERN") from None
 
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text, in the normal form."""
-        if self.normal and not text.isascii():
+        if text.isascii():
+            return self.find_all(text)
+        if self.normal:
             text = unicodedata.normalize(self.normal, text)
-        folded = text if text.isascii() else fold(text)
-        words = self.find_all(folded)
-        if not self.known and "" in words:               # in front of something, say: a*(?=b)
-            raise ValueError(f"pattern {self.pattern!r}: it matches the empty text; repeat with +")
-        if folded is text:
-            return words
+        words = self.find_all(fold(text))
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
 
@@ -362,8 +351,9 @@ def fold(text: str) -> str:
         raise ValueError(f"half a character, {text[error.start]!r}, at {error.start}: take text."
                          "encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
     for c in np.unique(code[FOLD[code] == 255]).tolist():
-        FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-    return FOLD[code].tobytes().decode("latin-1")
+        FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
+    letters = FOLD[code].tobytes().decode("latin-1")
+    return letters.replace("\xfe", "\u017f").replace("\xfd", "\u212a")
 
 
 # --- 4. the tokenizer -----------------------------------------------------------------------------
