@@ -9,11 +9,10 @@ Stop reading after any part: 1. the idea (textbook code: complete, exact and slo
 (fit, encode, decode, save, load); 5. large texts (files and worker processes).
 
 Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
-loaded file keeps its own ids.)
-Left out: dropout, tokens that aren't bytes, several splits one after another, scripts (\\p{Han})
-and \\w in patterns. Ids equal those of tiktoken, tokenizers and rustbpe for every character that
-the running Python's `unicodedata` knows; newer ones round-trip, but may be split differently.
-Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no torch, no model.
+loaded file keeps its own ids.) Ids equal those of tiktoken, tokenizers and rustbpe for every
+character that the running Python's `unicodedata` knows; newer ones may be split differently.
+Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w.
+Needs Python 3.11 and numpy 2 (tqdm for progress bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
 >>> bpe.merges                                       # "l" + "o", then "lo" + "w"
@@ -97,8 +96,8 @@ BORDER, GONE = -1, -2                       # no ids: between two words; merged 
 
 class Words:
     """All words end to end in one array of ids, with a border before, between and behind them. A
-    place in it keeps its number: merging writes the new id at the left place of a pair and takes
-    the right place out of the chain of neighbours, a ring.
+    place never moves: merging writes the new id at the left place of a pair and takes the right
+    place out of the chain of neighbours, a ring.
 
         place         0   1   2   3   4   5   6   7   8   9  10
         id            |   l   o   w   |   l   o   w   e   r   |
@@ -116,13 +115,12 @@ class Words:
         self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
-        """The pairs that begin at these places, each as one number, left << 32 | right; negative
-        if one of the two is no id."""
+        """The pairs that begin here, each as one number, left << 32 | right; negative: no pair."""
         return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
-        """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
-        where another pair begins now: these places and those before them."""
+        """Merges the pairs that begin at these places; no two overlap. Returns, sorted, where
+        another pair begins now: these places and those before them."""
         gone = self.next[places]
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
@@ -158,7 +156,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
     An id only ever gives way to a newer one. So a pair exists from one moment on, when the later of
     its two ids is made, at all its places: they are noted then, and later merges only take places
-    away. Hence a count on the heap is never too low, and a pair that leaves the heap with all its
+    away. Hence a count on the heap is never too low: a pair that leaves the heap with all its
     places is the most frequent one; any other is counted again and put back."""
     # (N,), how often the word at each place occurs: the borders up to a place count the words
     weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
@@ -195,18 +193,18 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The merges of a tokenizer. The rank of a pair is its place among them. In a word the pair of
+    """The merges of a tokenizer; the rank of a pair is its place among them. In a word the pair of
     the lowest rank is merged, the leftmost of several, until none is left: so does apply_to_one.
 
-    In many words at once, one by one would be slow. But merges that use nothing another one of them
-    makes can be made together (t + h and i + n, but not th + e): those of the ranks from a up to
-    limit[a], a band. If a is the lowest rank in any word, all pairs that its band will merge are
-    there already, and merging them makes none of the band. (A foreign file may list a merge before
-    the one that makes what it uses: then limit is None, and each word is merged alone.)"""
+    For many words at once: merges that use nothing another one of them makes can be made together
+    (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If a is the
+    lowest rank in any word, all pairs that its band will merge are there already, and merging them
+    makes none of the band. (A foreign file may list a merge before the one that makes what it uses:
+    then limit is None, and each word is merged alone.)"""
 
-    def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
+    def __init__(self, merges: list[Pair], made: list[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
-        self.rank_of = dict(zip(merges, range(self.none), strict=True))
+        self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
@@ -217,8 +215,7 @@ class Merges:
         self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
 
     def apply_to_one(self, word: str) -> list[int]:
-        """The ids of one word, by a heap of (rank, place). For a few words that is quicker than
-        arrays."""
+        """The ids of one word, by a heap of (rank, place): for few words quicker than arrays."""
         ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
         following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
         heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
@@ -316,14 +313,13 @@ def translate(item: re.Match) -> str:
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
-    normal: the normal form, NFC or NFKC, into which the text is brought before, or None.
     ValueError for a pattern that can't be translated, and for text with half a surrogate pair."""
 
-    def __init__(self, pattern: str, normal: str | None = None):
-        self.pattern, self.normal, self.known = pattern, normal, pattern in KNOWN
+    def __init__(self, pattern: str):
+        self.known, self.normal = pattern in KNOWN, None     # normal: "NFC" or "NFKC", made before
         try:
             if rest := pattern[re.match(f"(?a:{ITEM})*", pattern).end():]:
-                raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions, (?!\\S)")
+                raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions")
             text = re.sub(f"(?a:{ITEM})", translate, pattern)
             if re.match(text, ""):
                 raise ValueError("it matches the empty text")
@@ -339,21 +335,17 @@ class Splitter:
             return self.find_all(text)
         if self.normal:
             text = unicodedata.normalize(self.normal, text)
-        words = self.find_all(fold(text))
+        try:
+            code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"half a character, {text[error.start]!r}, at {error.start}: take text.encode"
+                "('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+        for c in np.unique(code[FOLD[code] == 255]).tolist():
+            FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
+        folded = FOLD[code].tobytes().decode("latin-1")
+        words = self.find_all(folded.replace("\xfe", "\u017f").replace("\xfd", "\u212a"))
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
-
-
-def fold(text: str) -> str:
-    """A text in folded letters."""
-    try:
-        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a character, {text[error.start]!r}, at {error.start}: take text."
-                         "encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
-    for c in np.unique(code[FOLD[code] == 255]).tolist():
-        FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
-    letters = FOLD[code].tobytes().decode("latin-1")
-    return letters.replace("\xfe", "\u017f").replace("\xfd", "\u212a")
 
 
 # --- 4. the tokenizer -----------------------------------------------------------------------------
@@ -380,48 +372,49 @@ class BPE:
             raise ValueError(f"vocab_size={vocab_size}: the bytes and {len(names)} special "
                              f"tokens need {256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
-        self._set([], [], dict.fromkeys(names))
+        self._learned([], names)
 
-    def _set(self, merges: list[Pair], made: Iterable[int], special: dict[str, int | None],
-             byte_ids: Iterable[int] = range(256), token: dict[int, bytes] | None = None,
-             whole: dict[str, int] | None = None) -> None:
-        """made: the ids that the merges make. token: the bytes of each id, if a file tells. whole:
-        words (in BYTE_LETTERS) that are one token, whatever the merges say. Everything is replaced
-        at once: an interrupt leaves the old tokenizer or the new one."""
-        if token is None:
-            token = {i: bytes([i]) for i in range(256)}
-            for (left, right), i in zip(merges, made, strict=True):
-                token[i] = token[left] + token[right]
-            special = {name: i for i, name in enumerate(special, len(token))}
+    def _learned(self, merges: list[Pair], names: Iterable[str]) -> None:
+        token = [bytes([b]) for b in range(256)]
+        for left, right in merges:
+            token.append(token[left] + token[right])
+        special = {name: i for i, name in enumerate(names, len(token))}
+        self._set(merges, range(256, len(token)), range(256), dict(enumerate(token)), special)
+
+    def _set(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int],
+             token: dict[int, bytes], special: dict[str, int], ignore_merges: bool = False) -> None:
+        """made: the ids that the merges make. token: the bytes of each id. ignore_merges: a word
+        that is a token becomes that token. Everything is replaced at once: an interrupt leaves the
+        old tokenizer or the new one."""
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        token = token | {i: name.encode() for name, i in special.items()}
+        dtype = np.dtype(np.uint16 if max(*token, *special.values()) < 65536 else np.uint32)
+        whole = {word.decode("utf-8", "surrogateescape"): array(dtype.char, [i]).tobytes()
+                 for i, word in token.items() if ignore_merges}
         vars(self).update(
-            merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges=Merges(merges, made, byte_ids), _whole=whole or {}, _known={}, _room=MEMORY,
+            merges=merges, special_tokens=special, _merges=Merges(merges, made, byte_ids),
+            _token=token | {i: name.encode() for name, i in special.items()}, _dtype=dtype,
             _names=re.compile(f"({names})") if names else None,
-            _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32))
+            _whole=whole, _known=dict(whole), _room=MEMORY)      # words -> the bytes of their ids
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
         return max(self._token) + 1
 
-    def __getstate__(self) -> dict:
-        return vars(self) | {"_known": {}, "_room": MEMORY}      # a copy meets its words by itself
+    def __getstate__(self) -> dict:          # a copy meets its words by itself
+        return vars(self) | {"_known": dict(self._whole), "_room": MEMORY}
 
     def fit(self, text: str | Iterable[str]) -> "BPE":
-        """Learns the merges from a text, or an iterable of texts (read once, never held whole).
-
-        The next merge is the most frequent pair inside the words, ties go to the smaller (left id,
-        right id). It stops early when no pair occurs twice. Words end where a text of the iterable
-        ends (an open file is an iterable of lines), and at the special tokens written in it, from
-        which nothing is learned. ValueError for an item that is no str or has half a character.
-        """
+        """Learns the merges from a text, or an iterable of texts (read once, never held whole): the
+        next one is the most frequent pair inside the words, ties go to the smaller (left id, right
+        id), until no pair occurs twice. Words end where a text of the iterable ends (an open file
+        is an iterable of lines), and at the special tokens in it, from which nothing is learned.
+        ValueError for an item that is no str or has half a character."""
         counts: Counter[str] = Counter()
         for part in spread(self._count, self._batches(text, True, ids=False), "counting words"):
             counts.update(part)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
-        merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        self._set(merges, range(256, 256 + len(merges)), self.special_tokens)
+        pairs = _progress(learn(words, counts.values(), wanted), "merging", wanted)
+        self._learned(list(pairs), self.special_tokens)
         return self
 
     def _count(self, pieces: list[str | int]) -> Counter[str]:
@@ -458,30 +451,24 @@ class BPE:
             if merges.limit is None or sum(map(len, new)) < FEW:
                 found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in new}
             else:
-                merging = Words(new, self._byte_ids)
+                merging = Words(new, merges.byte_ids)
                 merges.apply(merging)
                 found = dict(zip(new, merging.results(self._dtype), strict=True))
-            if self._whole:
-                letters = {w: w.encode().decode("latin-1").translate(BYTE_LETTERS) for w in new}
-                found |= {word: array(kind, [self._whole[name]]).tobytes()
-                          for word, name in letters.items() if name in self._whole}
             known |= found                               # at once: an interrupt leaves no half word
             self._room -= sum(map(len, new)) + 128 * len(new)
             if self._room < 0:
-                self._known, self._room = {}, MEMORY
+                self._known, self._room = dict(self._whole), MEMORY
         return b"".join(map(known.__getitem__, words))
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
-        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy
-        file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
+        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids (a special
+        token between documents), to a .npy file (1-D; uint16 if len(self) <= 65536, else uint32)
+        and returns how many there are. Special tokens written in a text: as in encode.
 
-        An int in the iterable is an id, written as it is (a special token between documents). Words
-        end where a text ends (an open file is an iterable of lines: give its path). Special tokens
-        written in a text: as in encode. Memory is bounded (if the pattern is one of KNOWN); the
-        file takes its place only when it is complete. ValueError for what is not UTF-8, half a
-        character, an unknown id.
-        """
+        Words end where a text ends (an open file is an iterable of lines: give its path). Memory is
+        bounded (if the pattern is one of KNOWN); the file takes its place only when it is complete.
+        ValueError for what is not UTF-8, half a character, an unknown id."""
         if isinstance(source, (str, os.PathLike)):
             names = self.special_tokens if allow_special else ()
             bounded = self._split.known and not any(CUT.search("." + name, 2) for name in names)
@@ -528,8 +515,8 @@ class BPE:
             row = ids.tolist() if hasattr(ids, "tolist") else ids
             return b"".join(map(self._token.__getitem__, row))
         except KeyError as error:
-            raise ValueError(f"{error.args[0]!r:.40} is no id of this tokenizer (0 to "
-                             f"{len(self) - 1}): does it belong to the model?") from None
+            raise ValueError(f"{error!s:.40} is no id of this tokenizer (0 to {len(self) - 1}): "
+                             "does it belong to the model?") from None
         except TypeError:
             raise ValueError(f"ids are {_kind(ids)}: give one row of them") from None
 
@@ -554,27 +541,28 @@ class BPE:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
 
         tokenizers.Tokenizer.from_file reads it and gives the same ids, but always takes special
-        tokens in a text for what they are (our allow_special=True). ValueError for what the format
-        can't express.
+        tokens in a text for what they are (our allow_special=True). ValueError if a special token
+        is written like another token.
         """
-        name = {i: t.decode("latin-1").translate(BYTE_LETTERS) for i, t in self._token.items()}
+        name = {i: "".join(map(BYTE_LETTERS.__getitem__, t)) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             twice = Counter(name.values()).most_common(1)[0][0]
             raise ValueError(f"two tokens would be written {twice!r}: choose other special tokens")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        known = self.pattern == GPT2_PATTERN
         split = level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                         "use_regex": self.pattern == GPT2_PATTERN}
-        if self.pattern != GPT2_PATTERN:
+                         "use_regex": known}
+        if not known:
             regex = {"type": "Split", "pattern": {"Regex": self.pattern},
                      "behavior": "Isolated", "invert": False}
             split = {"type": "Sequence", "pretokenizers": [regex, level]}
-        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        normal = self._split.normal and {"type": self._split.normal}
         data = {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": text, **off, "special": True}
+            "added_tokens": [{"id": i, "content": text, **flags, "special": True}
                              for text, i in self.special_tokens.items()],
-            "normalizer": normal, "pre_tokenizer": split, "post_processor": None,
+            "normalizer": self._split.normal and {"type": self._split.normal},
+            "pre_tokenizer": split, "post_processor": None,
             "decoder": level | {"add_prefix_space": True, "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -594,109 +582,84 @@ class BPE:
         gc.disable()                                     # a fifth less time: nothing here is a ring
         try:
             with open(path, encoding="utf-8") as file:
-                return cls._read(json.load(file))
+                data = json.load(file)
+            special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+            pattern, normal = _how_it_splits(data)
+            vocab, name_of = data["model"]["vocab"], {}
+            for name, i in (vocab | special).items():
+                if (type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i
+                        or name_of.setdefault(i, name) != name):
+                    raise ValueError(f"{name!r} has id {i!r}: each token needs an id of its own, a "
+                                     "whole number from 0 to 2**31 - 1")
+            merges = [entry.split(" ") if isinstance(entry, str) else entry
+                     for entry in data["model"]["merges"]]
+            made = [vocab[left + right] for left, right in merges]
+            merges = [(vocab[left], vocab[right]) for left, right in merges]
+            token = {i: bytes(map(BYTE_OF.__getitem__, name)) for name, i in vocab.items()
+                     if name not in special}
+            bpe = cls(256 + len(special), pattern, special)
+            bpe._split.normal = normal
+            bpe._set(merges, made, [vocab[c] for c in BYTE_LETTERS], token, special,
+                     data["model"].get("ignore_merges"))
+            if len(bpe._merges.rank_of) < len(merges):
+                raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
+            bpe.vocab_size = len(bpe)
+            return bpe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = str(error) if type(error) is ValueError else (
-                f"not a complete BPE tokenizer.json ({type(error).__name__}: {error})")
-            raise ValueError(f"{os.fspath(path)}: {why}") from None
+            raise ValueError(f"{os.fspath(path)}: not a complete byte-level BPE tokenizer.json that can "
+                             f"be done exactly ({type(error).__name__}: {error})") from None
         finally:
             if collecting:
                 gc.enable()
-
-    @classmethod
-    def _read(cls, data: dict) -> "BPE":
-        """The tokenizer that the content of a tokenizer.json describes."""
-        model, pattern, normal = data["model"], *_how_it_splits(data)
-        vocab, listed = model["vocab"], model["merges"]
-        if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
-            raise ValueError(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
-        special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-        names, merges, made, token_bytes = vocab | special, [], [], {}
-        odd = [f"{name!r} has id {i!r}" for name, i in names.items()
-               if type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i]
-        odd += [f"id {i} has {n} tokens" for i, n in Counter(names.values()).items() if n > 1]
-        odd += [f"byte {b} ({c!r}) has no token" for b, c in enumerate(BYTE_LETTERS)
-                if c not in vocab]
-        if odd:
-            raise ValueError(f"{', '.join(odd[:3])}: each byte needs a token, each token an id of "
-                             "its own, a whole number from 0 to 2**31 - 1")
-        try:
-            for entry in listed:
-                left, right = entry.split(" ") if isinstance(entry, str) else entry
-                made.append(vocab[left + right])
-                merges.append((vocab[left], vocab[right]))
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"merge {len(merges)} is {entry!r}: it must be two tokens that make a "
-                             "third, all of them in the vocabulary") from None
-        for name, i in vocab.items():
-            try:
-                token_bytes[i] = name.translate(LETTER_BYTES).encode("latin-1")
-            except UnicodeEncodeError:                   # not made of BYTE_LETTERS
-                token_bytes[i] = name.encode()
-        whole = {n: i for n, i in vocab.items() if n not in special and model.get("ignore_merges")}
-        bpe = cls(256 + len(special), pattern, special)
-        bpe._split = Splitter(pattern, normal)
-        bpe._set(merges, made, special, [vocab[c] for c in BYTE_LETTERS], token_bytes, whole)
-        if len(bpe._merges.rank_of) < len(merges):
-            raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        bpe.vocab_size = len(bpe)
-        return bpe
 
 
 # The letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can be
 # seen in Latin-1 for themselves, for the others those from U+0100 on.
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
-LETTER_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(BYTE_LETTERS)}
+BYTE_OF = {c: b for b, c in enumerate(BYTE_LETTERS)}
 
 # BPE.load refuses a file that sets one of these.
 NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
             "continuing_subword_prefix", "end_of_word_suffix")
-CAN_BE_READ = ("byte-level BPE: ByteLevel alone (add_prefix_space false, use_regex true) or behind "
-               "one Split by a Regex (Isolated; use_regex false); NFC, NFKC or no normalizer, with "
-               "tokens that aren't normalized; a post_processor with the text once")
 
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
-    """The split pattern and normal form of a tokenizer.json; names what can't be done exactly."""
-    level, pattern, wrong = {"type": "ByteLevel"}, None, []
-    match data.get("pre_tokenizer") or {"type": None}:
+    """The split pattern and normal form of a tokenizer.json; ValueError for what isn't done here."""
+    pattern, level = None, {"type": "ByteLevel"}
+    match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
             pattern = GPT2_PATTERN
         case {"pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": way, **more},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} if (
-                    (way, more.get("invert", False)) == ("Isolated", False)
-                    or (way, more.get("invert")) == ("Removed", True) and pattern in KNOWN):
-            pass
-        case step:
-            kinds = [part["type"] for part in step.get("pretokenizers", [step])]
-            wrong += [f"pre_tokenizer {kinds}" + " isn't byte-level" * ("ByteLevel" not in kinds)
-                      + f" ({json.dumps(step):.300})"]
-    normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": way, **more},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
+            if way == "Isolated" or way == "Removed" and more.get("invert") and regex in KNOWN:
+                pattern = regex
+    normal = data.get("normalizer") or {"normalizers": []}
     forms = [form["type"] for form in normal.get("normalizers", [normal])]
-    wrong += [f"normalizer {forms}"] * (forms not in ([], ["NFC"], ["NFKC"]))
-    decoder, after = data.get("decoder") or level, data.get("post_processor") or level
-    wrong += [f"decoder {decoder['type']}"] * (decoder["type"] != "ByteLevel")
-    for step in after.get("processors", [after]):
-        if "single" in step and [*map(list, step["single"])].count(["Sequence"]) != 1:
-            wrong += [f"post_processor {step['type']}"]
+    after = data.get("post_processor") or level
+    texts = [[*map(list, step["single"])].count(["Sequence"])
+             for step in after.get("processors", [after]) if "single" in step]
+    for part, done, rule in (
+            ("model", data["model"].get("type", "BPE") == "BPE", "BPE"),
+            ("pre_tokenizer", pattern, "byte-level: ByteLevel without a prefix space, alone or behind "
+             "one Split by a Regex (Isolated; use_regex false)"),
+            ("normalizer", forms in ([], ["NFC"], ["NFKC"]), "NFC, NFKC or none"),
+            ("decoder", (data.get("decoder") or level)["type"] == "ByteLevel", "ByteLevel"),
+            ("post_processor", set(texts) <= {1}, "special tokens around the text")):
+        if not done:
+            raise ValueError(f"its {part} must be {rule}, not {json.dumps(data.get(part)):.300}")
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        wrong += [f"{name} {part[name]!r:.60}" for name in NOT_DONE if part.get(name)]
-        wrong += ["normalizer and normalized tokens"] * bool(forms and part.get("normalized"))
-    if wrong:
-        raise ValueError(f"can't be reproduced exactly: its {wrong[0]}; can be read: {CAN_BE_READ}")
+        for name in NOT_DONE + ("normalized",) * len(forms):
+            if part.get(name):
+                raise ValueError(f"{name} must not be {part[name]!r:.60}")
     return pattern, forms[0] if forms else None
 
 
 def _kind(item: object) -> str:
     """What a message says of an argument: its type and shape, not what is in it."""
-    shape, first = [], item
-    while isinstance(first, (list, tuple)):
-        shape.append(len(first))
-        first = first[0] if first else None
-    shape = tuple(getattr(item, "shape", shape))
-    return f"a {type(item).__name__} of shape {shape}" if shape else f"{item!r:.40}"
+    shape = np.shape(item if hasattr(item, "shape") else np.array(item, object))
+    return f"a {type(item).__name__} of shape {tuple(shape)}" if shape else f"{item!r:.40}"
 
 
 # --- 5. large texts: files and worker processes ---------------------------------------------------
@@ -822,17 +785,13 @@ def _do(batch: list) -> object:
 
 
 def demo() -> None:
-    """Prints how a sentence is merged step by step, and that the textbook form does the same."""
+    """Prints how a sentence is merged step by step."""
     text = "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure."
     print(f"The most frequent pair of neighbours becomes a token, again and again:\n\n{text}\n")
     for new in range(256, 268):
         bpe = BPE(new + 1).fit(text)
         left, right = ([i] for i in bpe.merges[-1])
         print(f"{new} = {bpe.show(left)} + {bpe.show(right)}".ljust(20), bpe.show(text))
-    words = Splitter(GPT2_PATTERN)(text)
-    ids = [i for word in words for i in textbook_encode(word, bpe.merges)]
-    same = textbook_fit(words, 12) == bpe.merges and ids == bpe.encode(text)
-    print(f"\nThe textbook form, which takes one word after the other, gives the same: {same}")
 
 
 if __name__ == "__main__":
