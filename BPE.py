@@ -360,8 +360,7 @@ class BPE:
     vocab_size: how many tokens at most, special ones included (at least 256 + len(special_tokens)).
     pattern: what a word is, written as published, with \\p{L}, \\p{N}, \\s, (?i:...).
     special_tokens: names such as "<|endoftext|>", never learned, made from text only when asked.
-    ValueError for a vocab_size too small, a pattern it can't express, names empty or given twice.
-    """
+    ValueError for a vocab_size or a pattern that won't do, for names empty or given twice."""
 
     def __init__(self, vocab_size: int, pattern: str = GPT2_PATTERN,
                  special_tokens: Iterable[str] = ()):
@@ -369,8 +368,8 @@ class BPE:
         if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
         if vocab_size < 256 + len(names):
-            raise ValueError(f"vocab_size={vocab_size}: the bytes and {len(names)} special "
-                             f"tokens need {256 + len(names)} or more")
+            raise ValueError(f"vocab_size={vocab_size}: give {256 + len(names)} or more, for the bytes"
+                             " and special tokens")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
         self._learned([], names)
 
@@ -509,14 +508,12 @@ class BPE:
             yield batch
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
-        is a ValueError."""
+        """Ids -> bytes, for streams: a character may be spread over tokens. Errors as in decode."""
         try:
             row = ids.tolist() if hasattr(ids, "tolist") else ids
             return b"".join(map(self._token.__getitem__, row))
         except KeyError as error:
-            raise ValueError(f"{error!s:.40} is no id of this tokenizer (0 to {len(self) - 1}): "
-                             "does it belong to the model?") from None
+            raise ValueError(f"{error!s:.40} is no id: they go up to {len(self) - 1}") from None
         except TypeError:
             raise ValueError(f"ids are {_kind(ids)}: give one row of them") from None
 
@@ -539,30 +536,26 @@ class BPE:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
-
         tokenizers.Tokenizer.from_file reads it and gives the same ids, but always takes special
-        tokens in a text for what they are (our allow_special=True). ValueError if a special token
-        is written like another token.
-        """
+        tokens in a text for what they are. ValueError if one of them looks like another token."""
         name = {i: "".join(map(BYTE_LETTERS.__getitem__, t)) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
-            twice = Counter(name.values()).most_common(1)[0][0]
-            raise ValueError(f"two tokens would be written {twice!r}: choose other special tokens")
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            raise ValueError(f"{[*self.special_tokens]}: a special token looks like another token")
+        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         known = self.pattern == GPT2_PATTERN
-        split = level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                         "use_regex": known}
-        if not known:
-            regex = {"type": "Split", "pattern": {"Regex": self.pattern},
-                     "behavior": "Isolated", "invert": False}
-            split = {"type": "Sequence", "pretokenizers": [regex, level]}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern},
+                 "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                 "use_regex": known}
         data = {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": text, **flags, "special": True}
+            "added_tokens": [{"id": i, "content": text, **off, "special": True}
                              for text, i in self.special_tokens.items()],
             "normalizer": self._split.normal and {"type": self._split.normal},
-            "pre_tokenizer": split, "post_processor": None,
+            "pre_tokenizer":
+                level if known else {"type": "Sequence", "pretokenizers": [split, level]},
+            "post_processor": None,
             "decoder": level | {"add_prefix_space": True, "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -576,38 +569,35 @@ class BPE:
     def load(cls, path: str | os.PathLike) -> "BPE":
         """Reads a byte-level BPE tokenizer.json, ours or another's (GPT-4o's, gpt-oss's, Llama 3's,
         Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
-        is left out, as encode adds none. What is broken or can't be done exactly is a ValueError
-        that names it."""
+        is left out, as encode adds none. ValueError for what is broken or can't be done exactly."""
         collecting = gc.isenabled()
         gc.disable()                                     # a fifth less time: nothing here is a ring
         try:
             with open(path, encoding="utf-8") as file:
                 data = json.load(file)
-            special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
             pattern, normal = _how_it_splits(data)
-            vocab, name_of = data["model"]["vocab"], {}
+            vocab, pairs = data["model"]["vocab"], data["model"]["merges"]
+            special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+            seen: dict[int, str] = {}
             for name, i in (vocab | special).items():
                 if (type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i
-                        or name_of.setdefault(i, name) != name):
-                    raise ValueError(f"{name!r} has id {i!r}: each token needs an id of its own, a "
-                                     "whole number from 0 to 2**31 - 1")
-            merges = [entry.split(" ") if isinstance(entry, str) else entry
-                     for entry in data["model"]["merges"]]
-            made = [vocab[left + right] for left, right in merges]
-            merges = [(vocab[left], vocab[right]) for left, right in merges]
+                        or seen.setdefault(i, name) != name):
+                    raise ValueError(f"{name!r} has id {i!r}: give whole numbers that differ")
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
             token = {i: bytes(map(BYTE_OF.__getitem__, name)) for name, i in vocab.items()
                      if name not in special}
             bpe = cls(256 + len(special), pattern, special)
-            bpe._split.normal = normal
-            bpe._set(merges, made, [vocab[c] for c in BYTE_LETTERS], token, special,
+            bpe._set([(vocab[left], vocab[right]) for left, right in pairs],
+                     [vocab[left + right] for left, right in pairs],
+                     [vocab[c] for c in BYTE_LETTERS], token, special,
                      data["model"].get("ignore_merges"))
-            if len(bpe._merges.rank_of) < len(merges):
-                raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-            bpe.vocab_size = len(bpe)
+            if len(set(bpe.merges)) < len(pairs):
+                raise ValueError("a merge appears twice")
+            bpe.vocab_size, bpe._split.normal = len(bpe), normal
             return bpe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)}: not a complete byte-level BPE tokenizer.json that can "
-                             f"be done exactly ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{os.fspath(path)} can't be read as byte-level BPE: "
+                             f"{type(error).__name__}: {error}") from None
         finally:
             if collecting:
                 gc.enable()
@@ -625,7 +615,7 @@ NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout
 
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
-    """The split pattern and normal form of a tokenizer.json; ValueError for what isn't done here."""
+    """The split pattern and normal form of a tokenizer.json. ValueError for what isn't done."""
     pattern, level = None, {"type": "ByteLevel"}
     match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
@@ -642,8 +632,8 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
              for step in after.get("processors", [after]) if "single" in step]
     for part, done, rule in (
             ("model", data["model"].get("type", "BPE") == "BPE", "BPE"),
-            ("pre_tokenizer", pattern, "byte-level: ByteLevel without a prefix space, alone or behind "
-             "one Split by a Regex (Isolated; use_regex false)"),
+            ("pre_tokenizer", pattern, "ByteLevel without a prefix space, alone (use_regex true) or "
+             "behind one Split by a Regex (Isolated; use_regex false)"),
             ("normalizer", forms in ([], ["NFC"], ["NFKC"]), "NFC, NFKC or none"),
             ("decoder", (data.get("decoder") or level)["type"] == "ByteLevel", "ByteLevel"),
             ("post_processor", set(texts) <= {1}, "special tokens around the text")):
@@ -652,7 +642,7 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
         for name in NOT_DONE + ("normalized",) * len(forms):
             if part.get(name):
-                raise ValueError(f"{name} must not be {part[name]!r:.60}")
+                raise ValueError(f"it sets {name} to {part[name]!r:.60}, which isn't done")
     return pattern, forms[0] if forms else None
 
 
@@ -737,40 +727,39 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
     if len(first) < WORKERS_FROM:
         yield from map(work, first)
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers, caller = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
+    with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
+        from concurrent.futures import ProcessPoolExecutor
+        if workers > 1 and not caller and not getattr(sys, "frozen", False):     # not in a worker
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
+
+    def submit(batch: list):
+        """A new process would import what `__main__` says, the caller's script: so an empty
+        module stands there meanwhile."""
+        with contextlib.suppress(Exception), STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                return pool.submit(_do, batch)
+            finally:
+                sys.modules["__main__"] = main
 
     def answer(batch: list, future) -> object:
         with contextlib.suppress(Exception):
             return future.result()
         return work(batch)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, here = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
-    if workers > 1 and not here and not getattr(sys, "frozen", False):      # not in a worker
-        with contextlib.suppress(ImportError, NotImplementedError, OSError):     # no semaphores
-            from concurrent.futures import ProcessPoolExecutor
-            spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
     try:
         for batch in _progress(chain(first, batches), title):
-            waiting.append((batch, _submit(pool, batch)))
+            waiting.append((batch, submit(batch)))
             if len(waiting) > 2 * workers or not pool:
                 yield answer(*waiting.popleft())
         yield from starmap(answer, waiting)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool, batch: list):
-    """The future of a batch, or None if no worker can have it. A new process would import what
-    `__main__` says, the caller's script: so an empty module stands there meanwhile."""
-    with contextlib.suppress(Exception), STARTING:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return pool.submit(_do, batch)
-        finally:
-            sys.modules["__main__"] = main
 
 
 def _begin(work: Callable[[list], object]) -> None:
