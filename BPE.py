@@ -2,23 +2,20 @@
 
 A regular expression splits a text into words (GPT-2, Radford et al. 2019). BPE (Sennrich et al.
 2016) starts from the 256 bytes and makes the most frequent pair of neighbours inside the words a
-new token, again and again. To encode is to make the same merges in the same order.
+new token, again and again. To encode is to make the same merges in the same order. Ids 0-255 are
+the bytes, merge i makes id 256 + i, special tokens come last; a loaded file keeps its own ids.
 
 Stop reading after any part: 1. the idea (textbook code: complete, exact and slow); 2. the engine
 (the same merges in all words at once, on arrays); 3. the split (text -> words); 4. the tokenizer
 (fit, encode, decode, save, load); 5. large texts (files and worker processes).
 
-Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
-loaded file keeps its own ids.) Ids equal those of tiktoken, tokenizers and rustbpe for every
-character that the running Python's `unicodedata` knows; newer ones may be split differently.
-Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w.
-Needs Python 3.11 and numpy 2 (tqdm for progress bars, if it is there); no torch, no model.
+Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w. Ids
+equal those of tiktoken, tokenizers and rustbpe for every character that the running Python's
+`unicodedata` knows. Needs Python 3.11, numpy 2 (tqdm for bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
->>> bpe.merges                                       # "l" + "o", then "lo" + "w"
-[(108, 111), (256, 119)]
->>> bpe.encode("slow"), bpe.decode([115, 257])
-([115, 257], 'slow')
+>>> bpe.merges, bpe.encode("slow"), bpe.decode([115, 257])           # "l" + "o", then "lo" + "w"
+([(108, 111), (256, 119)], [115, 257], 'slow')
 """
 import codecs
 import contextlib
@@ -33,7 +30,6 @@ import sys
 import threading
 import types
 import unicodedata
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice, pairwise, starmap
@@ -338,9 +334,8 @@ class Splitter:
         try:
             code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"half a character, {text[error.start]!r}, at {error.start}: take text.encode"
-                "('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+            raise ValueError(f"half a character at {error.start}: take text.encode('utf-16', "
+                             "'surrogatepass').decode('utf-16', 'replace')") from None
         for c in np.unique(code[FOLD[code] == 255]).tolist():
             FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
         folded = FOLD[code].tobytes().decode("latin-1")
@@ -368,12 +363,13 @@ class BPE:
         if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
         if vocab_size < 256 + len(names):
-            raise ValueError(f"vocab_size={vocab_size}: give {256 + len(names)} or more, for the bytes"
-                             " and special tokens")
+            raise ValueError(f"vocab_size={vocab_size}: bytes and special tokens need "
+                             f"{256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
         self._learned([], names)
 
     def _learned(self, merges: list[Pair], names: Iterable[str]) -> None:
+        """The ids that the header names: bytes, merges, special tokens."""
         token = [bytes([b]) for b in range(256)]
         for left, right in merges:
             token.append(token[left] + token[right])
@@ -387,7 +383,7 @@ class BPE:
         old tokenizer or the new one."""
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         dtype = np.dtype(np.uint16 if max(*token, *special.values()) < 65536 else np.uint32)
-        whole = {word.decode("utf-8", "surrogateescape"): array(dtype.char, [i]).tobytes()
+        whole = {word.decode("utf-8", "surrogateescape"): i.to_bytes(dtype.itemsize, sys.byteorder)
                  for i, word in token.items() if ignore_merges}
         vars(self).update(
             merges=merges, special_tokens=special, _merges=Merges(merges, made, byte_ids),
@@ -422,8 +418,8 @@ class BPE:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
-        of several the longest, becomes its id. No other is ever added, as with tokenizers'
-        add_special_tokens=False. ValueError for what is no str or has half a character.
+        of several the longest, becomes its id. None is ever added (add_special_tokens=False in
+        other libraries). ValueError for what is no str or has half a character.
 
         >>> bpe = BPE(257, special_tokens=["<|end|>"])
         >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
@@ -439,16 +435,16 @@ class BPE:
     def _encode(self, pieces: list[str | int]) -> bytes:
         """Texts and ready ids -> their ids, as the bytes of an array."""
         known, merges, words = self._known, self._merges, []     # a thread may start a new memory
-        kind = self._dtype.char
         for piece in pieces:
             if isinstance(piece, str):
                 words += self._split(piece)
             else:
                 words.append(piece)
-                known[piece] = array(kind, [piece]).tobytes()
+                known[piece] = np.array([piece], self._dtype).tobytes()
         if new := set(words).difference(known):
             if merges.limit is None or sum(map(len, new)) < FEW:
-                found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in new}
+                found = {word: np.array(merges.apply_to_one(word), self._dtype).tobytes()
+                         for word in new}
             else:
                 merging = Words(new, merges.byte_ids)
                 merges.apply(merging)
@@ -483,20 +479,17 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, texts: str | Iterable[str | int], allow_special: bool,
-                 ids: bool = True) -> Iterator[list[str | int]]:
-        """Texts, cut where no word crosses, and ids, in lists of about BATCH characters. ids: the
-        items may be ids. allow_special: the special tokens in a text become ids."""
-        batch, size = [], 0
+    def _batches(self, texts: Iterable[str | int], allow_special: bool, ids: bool = True):
+        """Yields texts, cut where no word crosses, and ids, in lists of about BATCH characters.
+        ids: the items may be ids. allow_special: special tokens in a text become ids."""
+        batch, size, names = [], 0, self._names if allow_special else None
         for item in [texts] if isinstance(texts, str) else texts:
-            parts = [item]
-            if isinstance(item, str):
-                if allow_special and self._names:
-                    parts = self._names.split(item)      # every second one is a special token
-                    parts[1::2] = map(self.special_tokens.get, parts[1::2])
-            elif not (ids and isinstance(item, (int, np.integer)) and item in self._token):
+            is_id = ids and isinstance(item, (int, np.integer)) and item in self._token
+            if not (is_id or isinstance(item, str)):
                 raise ValueError(f"{_kind(item)} among the texts: give one str at a time"
                                  + f", or an id from 0 to {len(self) - 1}" * ids)
+            parts = names.split(item) if names and not is_id else [item]
+            parts[1::2] = map(self.special_tokens.get, parts[1::2])      # every second part is one
             for part in parts:
                 for piece in cut([part]) if isinstance(part, str) and self._split.known else [part]:
                     batch.append(piece)
@@ -523,8 +516,7 @@ class BPE:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
-        """A text (or ids) with | between the tokens, · for a space, escapes for what can't be seen:
-        \\xc3 is a byte that is only a part of a character.
+        """A text (or ids) with | between tokens, · for a space, \\xc3 for a part of a character.
 
         >>> print(BPE(258).fit("low lower lowest").show("low lower"))
         low|·|low|e|r
@@ -544,10 +536,10 @@ class BPE:
             raise ValueError(f"{[*self.special_tokens]}: a special token looks like another token")
         off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         known = self.pattern == GPT2_PATTERN
-        split = {"type": "Split", "pattern": {"Regex": self.pattern},
-                 "behavior": "Isolated", "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": known}
+        regex = {"Regex": self.pattern}
+        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        level["use_regex"] = known
         data = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": text, **off, "special": True}
@@ -591,13 +583,13 @@ class BPE:
                      [vocab[left + right] for left, right in pairs],
                      [vocab[c] for c in BYTE_LETTERS], token, special,
                      data["model"].get("ignore_merges"))
-            if len(set(bpe.merges)) < len(pairs):
+            if len(bpe._merges.rank_of) < len(pairs):
                 raise ValueError("a merge appears twice")
             bpe.vocab_size, bpe._split.normal = len(bpe), normal
             return bpe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} can't be read as byte-level BPE: "
-                             f"{type(error).__name__}: {error}") from None
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{os.fspath(path)} can't be read as byte-level BPE: {why}") from None
         finally:
             if collecting:
                 gc.enable()
@@ -608,10 +600,6 @@ class BPE:
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
 BYTE_OF = {c: b for b, c in enumerate(BYTE_LETTERS)}
-
-# BPE.load refuses a file that sets one of these.
-NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
-            "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
@@ -632,15 +620,17 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
              for step in after.get("processors", [after]) if "single" in step]
     for part, done, rule in (
             ("model", data["model"].get("type", "BPE") == "BPE", "BPE"),
-            ("pre_tokenizer", pattern, "ByteLevel without a prefix space, alone (use_regex true) or "
-             "behind one Split by a Regex (Isolated; use_regex false)"),
+            ("pre_tokenizer", pattern, "ByteLevel without a prefix space, alone (use_regex true) "
+             "or behind one Split by a Regex (Isolated; use_regex false)"),
             ("normalizer", forms in ([], ["NFC"], ["NFKC"]), "NFC, NFKC or none"),
             ("decoder", (data.get("decoder") or level)["type"] == "ByteLevel", "ByteLevel"),
             ("post_processor", set(texts) <= {1}, "special tokens around the text")):
         if not done:
             raise ValueError(f"its {part} must be {rule}, not {json.dumps(data.get(part)):.300}")
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        for name in NOT_DONE + ("normalized",) * len(forms):
+        for name in ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
+                     "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+                     *["normalized"] * len(forms)):
             if part.get(name):
                 raise ValueError(f"it sets {name} to {part[name]!r:.60}, which isn't done")
     return pattern, forms[0] if forms else None
@@ -688,8 +678,7 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
             yield from cut(codecs.iterdecode(blocks, "utf-8"))
         except UnicodeDecodeError as error:
             at = file.tell() - len(error.object) + error.start
-            raise ValueError(f"{os.fspath(path)} is not UTF-8 at byte {at} ({error.reason}): "
-                             "convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
+            raise ValueError(f"byte {at} of {os.fspath(path)} is not UTF-8: convert it") from None
 
 
 @contextlib.contextmanager
@@ -719,9 +708,8 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
 
 
 def spread(work: Callable[[list], object], batches: Iterable[list], title: str) -> Iterator:
-    """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
-    many, worker processes do it. What none of them answers is done here: there are none, one was
-    killed, or work raises an error."""
+    """Yields work(batch) for each batch, in order, work being a method of a BPE. Worker processes
+    do it if there are many; what none of them answers (one was killed, say) is done here."""
     batches, waiting, pool = iter(batches), deque(), None        # waiting: batches, their futures
     first = list(islice(batches, WORKERS_FROM))
     if len(first) < WORKERS_FROM:
@@ -736,8 +724,8 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
             pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
 
     def submit(batch: list):
-        """A new process would import what `__main__` says, the caller's script: so an empty
-        module stands there meanwhile."""
+        # A new process would import what `__main__` names, the caller's script: so an empty
+        # module stands there meanwhile.
         with contextlib.suppress(Exception), STARTING:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = types.ModuleType("__main__")
