@@ -427,10 +427,8 @@ class BPE:
         """
         if not isinstance(text, str):
             raise ValueError(f"encode takes one str, not {_kind(text)}")
-        ids: list[int] = []
-        for part in spread(self._encode, self._batches(text, allow_special), "encoding"):
-            ids += np.frombuffer(part, self._dtype).tolist()
-        return ids
+        ids = b"".join(spread(self._encode, self._batches(text, allow_special), "encoding"))
+        return np.frombuffer(ids, self._dtype).tolist()
 
     def _encode(self, pieces: list[str | int]) -> bytes:
         """Texts and ready ids -> their ids, as the bytes of an array."""
@@ -468,12 +466,10 @@ class BPE:
             names = self.special_tokens if allow_special else ()
             bounded = self._split.known and not any(CUT.search("." + name, 2) for name in names)
             source = read_text(source) if bounded else ["".join(read_text(source))]
-        total = 0
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
-            for ids in spread(self._encode, self._batches(source, allow_special), "encoding"):
-                file.write(ids)
-                total += len(ids) // self._dtype.itemsize
+            file.writelines(spread(self._encode, self._batches(source, allow_special), "encoding"))
+            total = (file.tell() - 128) // self._dtype.itemsize
             file.seek(0)
             header = {"descr": self._dtype.str, "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
