@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import re
 import runpy
@@ -41,7 +40,6 @@ import tracemalloc
 import unicodedata
 import unittest
 import warnings
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -55,13 +53,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook as before_eac
 import BPE as bpe_file
 import sample
 import train
-from Attention import HeadAttention, KVCache, MultiHeadAttention, attention, causal_mask
+from Attention import HeadAttention, KVCache, MultiHeadAttention
 from BPE import BPE, GPT2_PATTERN, GPT4_PATTERN, merge, read_text, textbook_encode, textbook_fit
-from Decoder import Decoder, first_layer_gradient
+from Decoder import Decoder
 from Embeddings import PositionalEmbeddings, TokenEmbeddings
 from FFN import FeedForward
 from GetData import Batches, GetData
-from GPT import GPT, keep_top_k, keep_top_p, learning_rate_at, next_token, pick_dtype, read_file
+from GPT import GPT, keep_top_p, learning_rate_at, next_token, pick_dtype, read_file
 
 HERE = Path(__file__).resolve().parent
 LEAVES = ("Embeddings", "Attention", "FFN", "BPE", "GetData")  # files with no import of ours
