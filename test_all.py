@@ -2052,7 +2052,7 @@ class TestBPE(Case):
             *((f"{i!r}", i, "model", "vocab", "a") for i in (98, -1, "7", 2**31)),
             *((says, ["l o", entry], "model", "merges") for says, entry in (
                 ("nope", ["a", "nope"]), ("~", ["~", "~"]), ("", ["l", "o", "w"]), ("", "lo"))),
-            ("Ā", {}, "model", "vocab"), ("BPE", 5, "model", "merges"), ("BPE", 7, "model"),
+            ("is missing", {}, "model", "vocab"), ("BPE", 5, "model", "merges"), ("BPE", 7, "model"),
             ("twice", ["l o", "l o"], "model", "merges"), ("Unigram", "Unigram", "model", "type"),
             ("id 5", 5, "added_tokens", 0, "id"), ("WordPiece", {"type": "WordPiece"}, "decoder"),
             *((name, forms("NFC", name), "normalizer") for name in ("NFD", "Lowercase")),
