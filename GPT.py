@@ -25,7 +25,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from io import BytesIO
 from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
@@ -133,15 +132,16 @@ class GPT(nn.Module):
         Beyond max_seq_len only the last max_seq_len tokens are seen. ValueError for arguments out
         of range, an empty or invalid prompt, and a model whose logits are no longer finite.
         """
-        steps = self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
-                            stop_token=stop_token, use_cache=use_cache, generator=generator)
-        return torch.cat([x.to(self.device), *(new[:, None] for new in steps)], dim=1)
+        new = [*self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
+                            stop_token=stop_token, use_cache=use_cache, generator=generator)]
+        return torch.cat([x.to(self.device), *(ids[:, None] for ids in new)], dim=1)
 
     def stream(self, x: Tensor, max_new_tokens: int, do_sample: bool, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, *,
                stop_token: int | None = None, use_cache: bool = True,
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Like generate, but yields each step's ids, (B,), as soon as they are ready."""
+        """Like generate, but yields each step's ids, (B,), as soon as they are ready. Arguments are
+        checked at the first one."""
         if not isinstance(x, Tensor) or x.dim() != 2 or x.numel() == 0 or x.dtype != torch.int64:
             got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row, one token")
@@ -154,29 +154,25 @@ class GPT(nn.Module):
         if top_p is not None and check_number("top_p", top_p) > 1:
             raise ValueError(f"top_p={top_p!r}: pick a probability above 0 and up to 1, or None")
 
-        def steps(ids: Tensor) -> Iterator[Tensor]:
-            max_seq_len, modules = self.sizes["max_seq_len"], list(self.modules())
-            finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-            cache = self.new_cache(len(ids)) if use_cache and ids.shape[1] <= max_seq_len else None
-            for _ in range(max_new_tokens):
-                with torch.inference_mode(), in_mode(modules, train=False):
-                    if cache and ids.shape[1] <= max_seq_len:
-                        seen = max(layer.length for layer in cache)
-                        h = self.hidden(ids[:, seen:], cache)
-                    else:  # the window moves: every position is new, so no cached key holds
-                        h = self.hidden(ids[:, -max_seq_len:])
-                    logits = self.linear(h[:, -1])  # (B, T, E) -> (B, V)
-                    new = next_token(logits, temperature if do_sample else 0, top_k, top_p,
-                                     generator)
-                    if stop_token is not None:
-                        new = new.masked_fill(finished, stop_token)
-                        finished = finished | (new == stop_token)
-                    ids = torch.cat([ids, new[:, None]], dim=1)
-                yield new.clone()  # an ordinary tensor, which may be trained on
-                if stop_token is not None and finished.all():
-                    return
-
-        return steps(x.to(self.device))
+        ids, max_seq_len, modules = x.to(self.device), self.sizes["max_seq_len"], [*self.modules()]
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        cache = self.new_cache(len(ids)) if use_cache and ids.shape[1] <= max_seq_len else None
+        for _ in range(max_new_tokens):
+            with torch.inference_mode(), in_mode(modules, train=False):
+                if cache and ids.shape[1] <= max_seq_len:
+                    seen = max(layer.length for layer in cache)
+                    h = self.hidden(ids[:, seen:], cache)
+                else:  # the window moves: every position is new, so no cached key holds
+                    h = self.hidden(ids[:, -max_seq_len:])
+                logits = self.linear(h[:, -1])  # (B, T, E) -> (B, V)
+                new = next_token(logits, temperature if do_sample else 0, top_k, top_p, generator)
+                if stop_token is not None:
+                    new = new.masked_fill(finished, stop_token)
+                    finished = finished | (new == stop_token)
+                ids = torch.cat([ids, new[:, None]], dim=1)
+            yield new.clone()  # an ordinary tensor, which may be trained on
+            if stop_token is not None and finished.all():
+                return
 
     # ------------------------------------------------------------------ training
 
@@ -202,8 +198,8 @@ class GPT(nn.Module):
 
         x, y: ids (B, T) of any integer type, y the token after x. ValueError for any other.
         """
-        x, y = (check_ids(ids, self.sizes["vocab_size"]) for ids in (x, y))
-        x, y = (ids.to(self.device, non_blocking=True) for ids in (x, y))
+        x, y = (check_ids(ids, self.sizes["vocab_size"]).to(self.device, non_blocking=True)
+                for ids in (x, y))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             logits = (self if net is None else net)(x)  # (B, T) -> (B, T, V)
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
@@ -255,9 +251,9 @@ class GPT(nn.Module):
         dtype, (rank, ranks) = pick_dtype(self.device, dtype), process_rank()
         rates = schedule(learning_rate, warmup_steps, total_steps)
         optimizer = self.make_optimizer(max(rates), weight_decay)
-        shares = [group["lr"] / max(rates) for group in optimizer.param_groups]
+        shares = [group["lr"] / max(rates) for group in optimizer.param_groups]  # of the peak
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        code_of(self)  # remembers the code as it is now, before somebody edits it
+        code_of(self)  # reads the code now: it may be edited while the model trains
         run = {"step": 0, "tokens": 0, "train_losses": [], "valid_losses": []}
         if checkpoint is not None:
             load_checkpoint(checkpoint, self, optimizer, run)
@@ -277,20 +273,20 @@ class GPT(nn.Module):
             while run["step"] < total_steps and not stop:
                 # batch
                 batches = [next(stream) for _ in range(accumulate)]
-                tokens, total = sum(y.numel() for _, y in batches), 0.0
+                tokens, step_loss = sum(y.numel() for _, y in batches), 0.0
                 # loss, backward: the last backward of a step averages over the ranks
                 for n, (x, y) in enumerate(batches, start=1):
                     with net.no_sync() if ranks > 1 and n < accumulate else nullcontext():
                         loss = self.loss(x, y, dtype, net) / tokens
                         loss.backward()
-                    total += loss.detach()
+                    step_loss += loss.detach()
                 # clip, check
                 norm = nn.utils.clip_grad_norm_(trained, grad_clip)
-                train_loss, norm = torch.stack([total, norm]).tolist()  # waits for the device once
-                if not math.isfinite(train_loss + norm):  # a step would make every weight NaN
+                step_loss, norm = torch.stack([step_loss, norm]).tolist()  # waits for it once
+                if not math.isfinite(step_loss + norm):  # a step would make every weight NaN
                     self.zero_grad()
                     raise FloatingPointError(
-                        f"step {run['step'] + 1}: loss {train_loss}, gradient norm {norm}; the "
+                        f"step {run['step'] + 1}: loss {step_loss}, gradient norm {norm}; the "
                         f"weights are those of step {run['step']}. Lower the learning rate, "
                         f"lengthen the warm-up, or check the data")
                 # step
@@ -301,9 +297,9 @@ class GPT(nn.Module):
                 self.zero_grad()
                 run["step"] += 1
                 run["tokens"] += tokens * ranks
-                losses.append(train_loss)
+                losses.append(step_loss)
                 speed = (run["tokens"] - tokens_before) / (time.perf_counter() - clock)
-                bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {step_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 # validate
                 (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
@@ -351,7 +347,7 @@ class GPT(nn.Module):
             raise ValueError(f"dtype={dtype!r}: pick one of {', '.join(DTYPES)}")
         saved = read_file(path)
         try:
-            with fork_rng(devices=[]):  # the initial weights are replaced below
+            with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
                 model = cls(**saved["sizes"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: its constructor arguments are wrong: {error}") from None
@@ -500,10 +496,10 @@ def pick_device(device: str = "auto") -> str:
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()  # "meta" holds no values
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # torch raises many kinds
         raise ValueError(f'device={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
                          f"for the fastest that works here") from None
+    return device
 
 
 def pick_dtype(device: torch.device, dtype: str = "auto") -> str:
@@ -578,7 +574,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if rank == 0:
         write_file(path, {"sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "code": code_of(model),
-                          "optimizer": optimizer.state_dict(), "kind": kind_of(optimizer),
+                          "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__,
                           "random_states": states, "run": run})
     if ranks > 1:
         dist.barrier()  # no rank looks for the file before it exists
@@ -595,41 +591,36 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if "random_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    check_weights(path, saved, model)
-    if saved["kind"] != kind_of(optimizer):
-        raise ValueError(f"{path}: its optimizer is {saved['kind']}, not {kind_of(optimizer)}: use "
-                         f"that one again, or give the checkpoint another name")
+    check_weights(path, saved, model)  # before the optimizer is touched
+    if saved["kind"] != type(optimizer).__name__:
+        raise ValueError(f"{path}: its optimizer is {saved['kind']}, not "
+                         f"{type(optimizer).__name__}: give the checkpoint another name")
+    optimizer.load_state_dict(saved["optimizer"])  # torch's ValueError if the groups differ
     load_weights(path, saved, model)
-    optimizer.load_state_dict(saved["optimizer"])
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for n, state in saved["optimizer"]["state"].items():  # torch has cast it to the weights' type
         for key, value in state.items():
             if isinstance(value, Tensor):
                 optimizer.state[trained[n]][key] = value.to(optimizer.state[trained[n]][key].device)
     run.update(saved["run"])
-    for state in saved["random_states"][rank : rank + 1]:  # none for a rank that is new
+    if rank < len(saved["random_states"]):  # else this rank is new
+        state = saved["random_states"][rank]
         torch.set_rng_state(state["cpu"])
         if model.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], model.device)
 
 
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """What must be the same for its state to be loaded."""
-    groups = [len(group["params"]) for group in optimizer.param_groups]
-    return f"{type(optimizer).__name__} with groups of {groups} parameters"
-
-
 def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """ValueError, naming them, if some of the file's weights differ from the model's in name or
-    shape. The model may be on the meta device."""
-    found, needed = ({name: tuple(getattr(w, "shape", ())) for name, w in weights.items()}
-                     for weights in (saved["weights"], model.state_dict()))
-    if differ := [f"{name} is {found.get(name, 'missing')}, in the model it is "
-                  f"{needed.get(name, 'missing')}" for name in needed | found
-                  if found.get(name) != needed.get(name)]:
-        raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): "
-                         f"{'; '.join(differ[:4])}{'; …' * (len(differ) > 4)}. Build the model "
-                         f"that was saved, or use another file")
+    """ValueError, naming one, if the file's weights differ from the model's in name or shape. The
+    model may be on the meta device."""
+    found = {name: tuple(getattr(w, "shape", ())) for name, w in saved["weights"].items()}
+    needed = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    for name in found | needed:
+        f, n = found.get(name, "missing"), needed.get(name, "missing")
+        if f != n:
+            raise ValueError(f"{path}: its weights don't fit {type(model).__name__}("
+                             f"{model.sizes}): {name} is {f} in the file, {n} in the model. Build "
+                             f"the model that was saved, or use another file")
 
 
 def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
@@ -660,8 +651,6 @@ def write_file(path: str | os.PathLike, content: dict) -> None:
     has been read back."""
     temporary = Path(f"{os.fspath(path)}.tmp")
     try:
-        for key, note in content["notes"].items():
-            check_note(key, note)
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT} | content, file)
             file.flush()
@@ -670,19 +659,12 @@ def write_file(path: str | os.PathLike, content: dict) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; not saved", os.fspath(path)) from error
+    except Exception as error:  # whatever pickle or torch raises for a note it won't read
+        notes = {key: type(note).__name__ for key, note in content["notes"].items()}
+        raise ValueError(f"{path}: not saved, it couldn't be read back; in notes, use Python's own "
+                         f"types, float(x) or str(path), and tensors: {notes}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_note(key: str, note: object) -> None:
-    """ValueError if read_file couldn't read this note back."""
-    try:
-        torch.save(note, file := BytesIO())
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:  # whatever pickle or torch may throw
-        raise ValueError(f"notes[{key!r}] = {note!r:.99} couldn't be read back: use Python's own "
-                         f"types, float(x) or str(path), or a tensor") from None
 
 
 def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:
@@ -708,22 +690,17 @@ def demo() -> None:
     """A tiny model learns a language of numbers and continues it."""
     torch.manual_seed(0)
     shares = torch.tensor([4.0, 2.0, 1.0, 1.0]) / 8  # of steps of +1, +2, +3, +4, modulo 20
-    best = -(shares * shares.log()).sum().item()
     jumps = 1 + shares.multinomial(165 * 16 * 17, replacement=True).view(165, 16, 17)
     runs = (torch.randint(20, (165, 16, 1)) + jumps.cumsum(-1)) % 20  # (batches, B, T + 1)
     batches = [(run[:, :-1], run[:, 1:]) for run in runs]
-    model = GPT(vocab_size=20, max_seq_len=16, emb_size=32, num_heads=4, head_size=8, num_layers=2,
-                dropout=0.0)
+    model = GPT(vocab_size=20, max_seq_len=16, emb_size=32, num_heads=4, head_size=8, num_layers=2)
     print("A language that counts: after n comes n+1 half of the time, n+2 a quarter, n+3 or n+4\n"
           f"an eighth each. A blind guess has a loss of ln 20 = {math.log(20):.2f}, a perfect\n"
-          f"predictor {best:.2f}; what remains is chance, which nothing learns.\n")
+          f"predictor {-(shares * shares.log()).sum():.2f}.\n")
     model.fit(batches[5:], batches[:5], 1, 6e-3, warmup_steps=30, eval_every=20,
-              on_eval=lambda m: print(f"  step {m['step']:3d}   loss {m['valid_loss']:.2f}  "
-                                      + "#" * round(20 * m["valid_loss"])))
-    for name, do_sample in (("greedy: it counts", False), ("drawn: it jumps", True)):
-        ids = model.generate(torch.tensor([[7]]), 12, do_sample)[0].tolist()
-        print(f"\n  {name:18} {' '.join(map(str, ids))}", end="")
-    print()
+              on_eval=lambda m: print(f"  step {m['step']:3d}   loss {m['valid_loss']:.2f}"))
+    for name, do_sample in (("greedy", False), ("drawn ", True)):
+        print(f"  {name} {model.generate(torch.tensor([[7]]), 12, do_sample)[0].tolist()}")
 
 
 if __name__ == "__main__":

@@ -40,15 +40,11 @@ class GetData(Dataset):
         elif not isinstance(data, np.ndarray):
             data = np.asarray(data, dtype=np.int64 if len(data) == 0 else None)
         if data.ndim != 1 or data.dtype.kind not in "iu":
-            raise ValueError(
-                f"data of shape {data.shape} and type {data.dtype}: it must be one sequence of "
-                f"whole numbers, shape (n,); encode the text first"
-            )
+            raise ValueError(f"data of shape {data.shape} and type {data.dtype}: it must be one "
+                             f"sequence of whole numbers, shape (n,); encode the text first")
         if len(data) < seq_len + 1:
-            raise ValueError(
-                f"{len(data)} tokens of data, but one window needs seq_len + 1 = {seq_len + 1}: "
-                f"use more text or a smaller seq_len"
-            )
+            raise ValueError(f"{len(data)} tokens of data, but a window needs seq_len + 1 = "
+                             f"{seq_len + 1}: use more text or a smaller seq_len")
         self.data, self.seq_len, self.device, self.stride = data, int(seq_len), device, int(stride)
 
     def __len__(self) -> int:
@@ -145,11 +141,9 @@ class Batches:
 
 def demo() -> None:
     """Print the windows of a short sequence of ids and the order in which training sees them."""
-    data = list(range(100, 118))
-    dataset = GetData(data, seq_len=4, stride=4)
-    print(f"data: {data}\n{len(dataset)} windows of 4 tokens; y is x one step later:\n")
-    for i in range(len(dataset)):
-        x, y = dataset[i]
+    dataset = GetData(range(100, 118), seq_len=4, stride=4)
+    print("Windows of 4 tokens of 100 … 117; y is x one step later:\n")
+    for i, (x, y) in enumerate(dataset):
         print(f"  window {i}: x = {x.tolist()}  y = {y.tolist()}")
     print("\nTwo passes, shuffled into batches of 2; each cuts the data at other places:")
     batches = Batches(dataset, batch_size=2, seed=1)

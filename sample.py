@@ -40,15 +40,11 @@ PICTURES = False       # True: draw the tokens and the attention of PROMPT, and 
 
 def main() -> None:
     out = Path(OUT_DIR)
-    for file in (out / "model.pt", out / "tokenizer.json"):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: run python train.py first, or set "
-                                    f"OUT_DIR to the folder of a run")
     samples = whole_number("NUM_SAMPLES", NUM_SAMPLES)
     device = pick_device(DEVICE)
     model = GPT.load(out / "model.pt", device)
-    tokenizer = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
-    if model.notes.get("tokenizer_sha256") != tokenizer:
+    found = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
+    if model.notes.get("tokenizer_sha256") != found:
         raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer that {out / 'model.pt'} "
                          f"was trained with: put the right one there, or train from scratch")
     metrics = model.notes.get("metrics")
@@ -62,25 +58,25 @@ def main() -> None:
     end = next(iter(bpe.special_tokens.values()), None)  # what divides documents
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
     start = bpe.encode(PROMPT or "\n", allow_special=True)
-    steps = model.stream(torch.tensor([start] * samples), MAX_NEW_TOKENS, True, TEMPERATURE, TOP_K,
-                         TOP_P, generator=generator)  # yields ids (B,)
-    rows = [[] for _ in range(samples)]  # the new tokens of each sample
-    prompt = PROMPT.lstrip("\n")
+    rows, ended = [[] for _ in range(samples)], [False] * samples  # the new tokens of each sample
+    prompt = PROMPT.lstrip("\n")  # as it is shown
     whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back partial ones
     started = time.perf_counter()
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the text
         print(prompt, end="", flush=True)
-        for ids in steps:
-            shown = len(rows[0])
-            for row, token in zip(rows, ids.tolist(), strict=True):
-                if row[-1:] != [end] and (row or token != end):  # an end before any text is none
-                    row.append(token)
-            new = [token for token in rows[0][shown:] if token != end]
-            print(whole_characters.decode(bpe.decode_bytes(new)), end="", flush=True)
-            if all(row[-1:] == [end] for row in rows):
+        for ids in model.stream(torch.tensor([start] * samples), MAX_NEW_TOKENS, True, TEMPERATURE,
+                                TOP_K, TOP_P, generator=generator):  # (B,)
+            for n, token in enumerate(ids.tolist()):
+                if token == end:
+                    ended[n] = bool(rows[n])  # an end before any text is none
+                elif not ended[n]:
+                    rows[n].append(token)
+                    if n == 0:
+                        new = whole_characters.decode(bpe.decode_bytes([token]))
+                        print(new, end="", flush=True)
+            if all(ended):
                 break
     print(whole_characters.decode(b"", final=True))
-    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
     for row in rows[1:]:
         print("-" * 80 + "\n" + prompt + bpe.decode(row))
     made = sum(map(len, rows))

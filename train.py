@@ -10,7 +10,6 @@ import csv
 import ctypes
 import hashlib
 import io
-import json
 import math
 import os
 import signal
@@ -24,10 +23,9 @@ from itertools import takewhile
 from pathlib import Path
 
 # torch's Linux builds bring libgomp, whose threads spin while they wait for each other: beside
-# other programs that burns the time. With 10,000 turns in place of 300,000 a step takes, on two
-# cores, 23 ms (22 without this line) alone, 46 (91) beside two busy programs, 84 (226) beside four.
-# Does nothing once torch is imported (in a notebook, say) or on other systems; child processes
-# inherit it.
+# other programs that burns the time. With 10,000 turns in place of 300,000, on two cores, a step
+# takes 46 ms instead of 91 beside two busy programs, 84 instead of 226 beside four, and alone 23
+# instead of 22. Does nothing once torch is imported (in a notebook, say) or on other systems.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -35,8 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from BPE import BPE, read_text
-from BPE import CUT as cut_places
+from BPE import BPE, CUT, read_text
 from GetData import Batches, GetData
 from GPT import (
     GPT,
@@ -58,7 +55,7 @@ NUM_HEADS = 6          # H: attention heads in a layer
 HEAD_SIZE = 32         # D: width of a head; H·D is usually E
 NUM_LAYERS = 3         # decoder blocks, one after another
 DROPOUT = 0.0          # share of activations dropped in training, against memorising the text; here
-                       # WEIGHT_DECAY does that better, and in five sixths of the time
+                       # WEIGHT_DECAY does that better, and a step takes a sixth less time
 SPECIAL_TOKENS = ("<|endoftext|>",)  # texts that are one token wherever they are written; the first
                        # divides documents; add marks of your own, such as "<|user|>"
 INIT_FROM = None       # fine-tuning: a model.pt to begin with, its tokenizer.json beside it
@@ -70,14 +67,14 @@ WARMUP_STEPS = 120     # steps up to the peak (a very short run uses half of its
                        # few, or at too high a rate, a deep post-norm model learns only how frequent
                        # each token is
 WEIGHT_DECAY = 0.3     # pull of the weight matrices towards 0; 0.1 for a text that is read once or
-                       # twice (this one is read five times: 1.659 bits per byte, the mean of three
-                       # seeds; 1.665 with 0.1, 1.678 with 1.0)
-EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread (5 % of the time
-                       # with the values here); None: all of them
+                       # twice. The default text is read five times: 1.659 bits per byte with 0.3,
+                       # 1.665 with 0.1, 1.678 with 1.0 (means of three seeds)
+EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread; 5 % of the time
+                       # with the values here
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
-SETTINGS = [name for name in takewhile("SETTINGS".__ne__, globals())  # all constants above
-            if name.isupper() and name not in ("BPE", "GPT")]
+SETTINGS = [name for name in takewhile(lambda name: name != "SETTINGS", globals())  # all above
+            if name.isupper() and name not in ("BPE", "CUT", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
                        # (another text starts a new run, too)
@@ -91,44 +88,47 @@ COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower 
 
 
 def main() -> None:
-    with ExitStack() as held:  # the lock of OUT_DIR, until the run ends, however it ends
-        run(held)
+    with ExitStack() as locks:  # the lock of OUT_DIR, held until the run ends, however it ends
+        run(locks)
 
 
-def run(held: ExitStack) -> None:
+def run(locks: ExitStack) -> None:
     started = time.perf_counter()
     device, rank, ranks = start_group()
+    dtype = pick_dtype(device, DTYPE)
     settings = check_constants(ranks)
     documents = find_text()
     out = Path(OUT_DIR).resolve()
-    shared = [open_run(out, documents, settings, held) if rank == 0 else None]
+    notes = [open_run(out, documents, settings, locks) if rank == 0 else None]
     if ranks > 1:
-        dist.broadcast_object_list(shared)  # rank 0 decides for all
-    notes = shared[0]
-    rows = notes["metrics"]  # kept in the checkpoint, so that the two always agree
+        dist.broadcast_object_list(notes)  # rank 0 decides for all
+    rows = notes[0]["metrics"]  # kept in the checkpoint, so that the two always agree
     seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
 
     bpe = BPE.load(out / "tokenizer.json")
     train_ids = np.load(out / "train.npy", mmap_mode="r")
     valid_ids = np.load(out / "valid.npy", mmap_mode="r")
+    stride = max(MAX_SEQ_LEN, len(valid_ids) * MAX_SEQ_LEN // EVAL_TOKENS)  # between windows
     train = Batches(GetData(train_ids, MAX_SEQ_LEN, stride=MAX_SEQ_LEN), BATCH_SIZE, SEED,
                     rank, ranks)
-    stride = max(MAX_SEQ_LEN, len(valid_ids) * MAX_SEQ_LEN // (EVAL_TOKENS or len(valid_ids)))
     valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None, rank, ranks)
-    bits_per_nat = len(valid_ids) / sum(size - split for _, split, size in documents) / math.log(2)
+    valid_bytes = sum(size - split for _, split, size in documents)
+    bits_per_byte = len(valid_ids) / valid_bytes / math.log(2)  # if the loss is 1 nat per token
 
     torch.manual_seed(SEED)
     model = build(len(bpe), device)
-    if INIT_FROM is not None and not rows:
+    if INIT_FROM is not None and not rows:  # a run that resumes has its own weights
         load_weights(INIT_FROM, read_file(INIT_FROM), model)
     torch.manual_seed(SEED + rank)  # every process drops different activations
-    model.notes = notes
-    dtype = pick_dtype(device, DTYPE)
+    model.notes = notes[0]
     if rank == 0:
-        describe(model, f"{dtype}, processes: {ranks}", len(train_ids), len(valid_ids))
+        passes = MAX_STEPS * BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN / len(train_ids)
+        say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {dtype}"
+            f", processes: {ranks}; {len(train_ids):,} tokens to train on, {len(valid_ids):,} held "
+            f"out; {MAX_STEPS:,} steps: {passes:,.1f} passes over the text")
 
     def on_eval(metrics: dict) -> None:
-        bits = metrics["valid_loss"] * bits_per_nat
+        bits = metrics["valid_loss"] * bits_per_byte
         rows.append({
             "step": metrics["step"], "tokens": metrics["tokens"],
             "seconds": f"{seconds_before + time.perf_counter() - started:.1f}",
@@ -149,13 +149,17 @@ def run(held: ExitStack) -> None:
                   weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
+        came = [[] for _ in range(ranks)]
+        dist.all_gather_object(came, signals)  # one rank alone may have been told to stop
+        signals = sum(came, [])
         dist.destroy_process_group()
-    if signals and not (rows and rows[-1]["step"] >= MAX_STEPS):  # the last step had been done
-        if rank == 0:
-            say("stopped; to resume, start it again in the same way")
+    if rank > 0:
+        return
+    finished = bool(rows) and rows[-1]["step"] >= MAX_STEPS
+    if signals and not finished:
+        say("stopped; to resume, start it again in the same way")
         sys.exit(128 + signals[0])
-    if rank == 0:
-        report(out, rows)
+    report(out, rows)
 
 
 def build(vocab_size: int, device: torch.device | str) -> GPT:
@@ -165,36 +169,19 @@ def build(vocab_size: int, device: torch.device | str) -> GPT:
 def check_constants(ranks: int) -> dict[str, str]:
     """The constants that make a run, as text by name. ValueError for one out of range."""
     here = globals()
-    for name in ("VOCAB_SIZE", "MAX_SEQ_LEN", "EMB_SIZE", "NUM_HEADS", "HEAD_SIZE", "NUM_LAYERS",
-                 "BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "EVAL_EVERY", "EVAL_TOKENS"):
-        if name != "EVAL_TOKENS" or EVAL_TOKENS is not None:
-            whole_number(name, here[name])
-    for name in ("DROPOUT", "WEIGHT_DECAY"):
-        check_number(name, here[name], zero=True)
-    if whole_number("SEED", SEED, at_least=0) >= 1 << 63:
-        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
+    for name in ("BATCH_SIZE", "ACCUMULATE", "MAX_STEPS", "EVAL_EVERY", "EVAL_TOKENS"):
+        whole_number(name, here[name])
     if BATCH_SIZE % ranks:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {ranks} processes: pick a multiple of that")
+    if whole_number("SEED", SEED, at_least=0) >= 1 << 63:
+        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
+    check_number("WEIGHT_DECAY", WEIGHT_DECAY, zero=True)
     schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)
-    pick_dtype(torch.device("cpu"), DTYPE)
-    for name in BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS).special_tokens:
-        if cut_places.search("." + name, 2):  # read_text may end a piece there
-            raise ValueError(f"SPECIAL_TOKENS={SPECIAL_TOKENS!r}: {name!r} might be cut where a "
-                             f"text is read in pieces: write it without spaces, like <|user|>")
-    with torch.device("meta"):  # a model on the meta device takes no memory
+    BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
+    with torch.device("meta"):  # where a model takes no memory: built there, then moved there
         build(VOCAB_SIZE, "meta")
-    settings = {}
-    for name in SETTINGS:  # as text that is the same in the next process
-        try:
-            settings[name] = json.dumps(here[name], default=lambda value: (
-                value.item() if isinstance(value, np.generic) else
-                str(value) if isinstance(value, Path) else
-                value.__qualname__))  # of a function or a class
-        except (TypeError, AttributeError):
-            raise ValueError(f"{name}={here[name]!r}: what makes a run must be a number, a text, a "
-                             f"list of these, a function or a class; else put it below SETTINGS"
-                             ) from None
-    return settings
+    # as text that is the same in the next process; a function or a class by its name
+    return {name: str(getattr(here[name], "__qualname__", here[name])) for name in SETTINGS}
 
 
 # ------------------------------------------------------------------ the text
@@ -224,10 +211,12 @@ def find_text() -> list[Document]:
             size = file.seek(0, os.SEEK_END)
             point = file.seek(size * 9 // 10)
             rest = file.read(1 << 16)
-        line = rest.find(b"\n", 0, (size - point) // 2) + 1  # further on, too little would be left
-        # in UTF-8 all bytes of a character but its first are 10xxxxxx
-        character = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
-        documents.append((text, point + (line or character), size))
+        newline = rest.find(b"\n", 0, (size - point) // 2)  # further on, too little would be left
+        if newline >= 0:
+            split = point + newline + 1
+        else:  # the next character: in UTF-8 all its bytes but the first are 10xxxxxx
+            split = point + next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), 0)
+        documents.append((text, split, size))
     train = sum(split for _, split, _ in documents)
     valid = sum(size - split for _, split, size in documents)
     if min(train, valid) < MAX_SEQ_LEN + 1:
@@ -239,8 +228,10 @@ def find_text() -> list[Document]:
 
 def pieces(text: Path | bytes, start: int, stop: int) -> Iterator[str]:
     """The bytes start … stop of a document, as text, in pieces that no word crosses."""
-    return (read_text(text, start, stop) if isinstance(text, Path) else
-            iter([text[start:stop].decode()]))
+    if isinstance(text, Path):
+        yield from read_text(text, start, stop)
+    else:
+        yield text[start:stop].decode()
 
 
 def part(documents: list[Document], held_out: bool, between: str) -> Iterator[str]:
@@ -264,7 +255,7 @@ def sha256_of(documents: list[Document]) -> str:
 
 
 def open_run(out: Path, documents: list[Document], settings: dict[str, str],
-             held: ExitStack) -> dict:
+             locks: ExitStack) -> dict:
     """Get OUT_DIR ready for this run; returns the notes that travel in its files.
 
     An unfinished run of the same settings and text resumes, a finished one if MAX_STEPS was raised.
@@ -276,7 +267,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
         raise ValueError(f"OUT_DIR={OUT_DIR!r} isn't empty and has no .lock, so no run of train.py "
                          f"made it: give a new folder; nobody's files are overwritten")
     out.mkdir(parents=True, exist_ok=True)
-    lock(out, held)
+    lock(out, locks)
     why = ""
     if (out / "checkpoint.pt").exists():
         saved = read_file(out / "checkpoint.pt")
@@ -298,7 +289,7 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             return saved["notes"]
     elif (out / "model.pt").exists():
         why = "a model without its checkpoint.pt"
-    bpe, kept = first_tokenizer(out), ""
+    bpe = first_tokenizer(out)
     if why:
         files = [text for text, _, _ in documents if isinstance(text, Path)]
         if any(path.is_relative_to(out) for path in (Path.cwd(), *files)):
@@ -309,48 +300,48 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             n += 1
         out.rename(old)
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
-        kept = f"; the old run is kept as {old}"
         out.mkdir()
-        lock(out, held)
-    tokens = prepare(out, documents, bpe)
-    if min(tokens) < MAX_SEQ_LEN + 1:
-        raise ValueError(
-            f"{tokens[0]} tokens to train on and {tokens[1]} held out, but a window needs "
-            f"MAX_SEQ_LEN + 1 = {MAX_SEQ_LEN + 1}: use a longer text or a smaller "
-            f"MAX_SEQ_LEN{kept}")
+        lock(out, locks)
+    prepare(out, documents, bpe)
     return {"settings": settings, "metrics": [],
             "tokenizer_sha256": file_hash(out / "tokenizer.json")}
 
 
-def prepare(out: Path, documents: list[Document], bpe: BPE) -> list[int]:
-    """Write the tokenizer and the ids of both parts; returns how many ids each part has."""
+def prepare(out: Path, documents: list[Document], bpe: BPE) -> None:
+    """Write the tokenizer and the ids of both parts."""
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
         bpe.fit(part(documents, False, end))
     bpe.save(out / "tokenizer.json")
-    return [bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
-            for held_out, name in ((False, "train.npy"), (True, "valid.npy"))]
+    for held_out, name in ((False, "train.npy"), (True, "valid.npy")):
+        bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
 
 
 def first_tokenizer(out: Path) -> BPE:
     """The tokenizer that a new run begins with: empty, or that of INIT_FROM. ValueError if
-    INIT_FROM is inside OUT_DIR, or its sizes aren't those of the constants."""
+    INIT_FROM is inside OUT_DIR, or its sizes aren't those of the constants, or a special token may
+    be cut in two."""
     if INIT_FROM is None:
-        return BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
-    file = Path(INIT_FROM).resolve()
-    if file.is_relative_to(out):
-        raise ValueError(f"INIT_FROM={INIT_FROM!r} is inside OUT_DIR={OUT_DIR!r}, whose run makes "
-                         f"room for the new one: set OUT_DIR to another folder")
-    saved, tokenizer = read_file(file), file.with_name("tokenizer.json")
-    bpe = BPE.load(tokenizer)
-    if saved["notes"].get("tokenizer_sha256") != file_hash(tokenizer):
-        raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put the "
-                         f"right one beside it")
-    with torch.device("meta"):
-        check_weights(file, saved, build(len(bpe), "meta"))
-    say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
-        f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
+        bpe = BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
+    else:
+        file = Path(INIT_FROM).resolve()
+        if file.is_relative_to(out):
+            raise ValueError(f"INIT_FROM={INIT_FROM!r} is inside OUT_DIR={OUT_DIR!r}, whose run "
+                             f"makes room for the new one: set OUT_DIR to another folder")
+        saved, tokenizer = read_file(file), file.with_name("tokenizer.json")
+        bpe = BPE.load(tokenizer)
+        if saved["notes"].get("tokenizer_sha256") != file_hash(tokenizer):
+            raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put "
+                             f"the right one beside it")
+        with torch.device("meta"):
+            check_weights(file, saved, build(len(bpe), "meta"))
+        say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
+            f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
+    for name in bpe.special_tokens:
+        if CUT.search("." + name, 2):  # where read_text may cut a text, but for its first character
+            raise ValueError(f"special token {name!r} might be cut where a text is read in pieces: "
+                             f"write it without spaces, like <|user|>")
     return bpe
 
 
@@ -358,10 +349,10 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def lock(out: Path, held: ExitStack) -> None:
-    """Make .lock, the mark of a run's folder, and lock it until `held` ends. ValueError if another
+def lock(out: Path, locks: ExitStack) -> None:
+    """Make .lock, the mark of a run's folder, and lock it until `locks` ends. ValueError if another
     training has."""
-    file = held.enter_context(open(out / ".lock", "a"))
+    file = locks.enter_context(open(out / ".lock", "a"))
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -375,7 +366,7 @@ def lock(out: Path, held: ExitStack) -> None:
 
 def write_metrics(out: Path, rows: list[dict]) -> None:
     with open(out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, {name: "" for row in rows for name in row})
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(out / "metrics.csv.tmp", out / "metrics.csv")
@@ -453,34 +444,25 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def describe(model: GPT, how: str, train_tokens: int, valid_tokens: int) -> None:
-    """Say what is trained, on what, and how often the text is read."""
-    tokens = MAX_STEPS * BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {model.device}, "
-        f"{how}; {train_tokens:,} tokens to train on, {valid_tokens:,} held out\n"
-        f"{MAX_STEPS:,} steps: {tokens:,} tokens: {tokens / train_tokens:.2g} passes over the text")
-
-
 def report(out: Path, rows: list[dict]) -> None:
     """Print the best result of the run, a sample, where everything lies, and the next command."""
     model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
-    best = model.notes["metrics"][-1]  # its own row; those of metrics.csv are rounded
+    best = model.notes["metrics"][-1]  # the row of the step at which it was saved
     try:
         draw_losses(out / "loss.png", rows, best)
     except Exception as error:  # a failed picture must not end a run
-        say(f"no loss.png: {type(error).__name__}: {error}")
+        say(f"no loss.png; it needs matplotlib (pip install matplotlib): {error}")
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
                          generator=torch.Generator().manual_seed(int(SEED)))[0, start.shape[1]:]
     bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
-    text = bpe.decode([i for i in ids.tolist() if i not in bpe.special_tokens.values()])
     where = "" if OUT_DIR == "out" else f", with OUT_DIR = {str(OUT_DIR)!r} in it"
     say(f"""a sample of {len(ids)} tokens:
 
-{text}
+{bpe.decode(ids.tolist())}
 
 best validation loss  {best["valid_loss"]} nats per token, {bits} bits per byte
-                      at step {best["step"]} of {rows[-1]["step"]}, {int(best["tokens"]):,} tokens
+                      at step {best["step"]} of {rows[-1]["step"]}, {best["tokens"]:,} tokens
 time                  {rows[-1]["seconds"]} s, {speed:,} tokens/s at the end
 best model            {Path(OUT_DIR, "model.pt")}
 all metrics           {Path(OUT_DIR, "metrics.csv")}
@@ -488,27 +470,21 @@ next                  python sample.py{where}""")
 
 
 def draw_losses(path: Path, rows: list[dict], best: dict) -> None:
-    """Draw both losses over tokens, for white and dark pages."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # unlike pyplot, it has no global state
-    except ImportError:
-        return say("no loss.png: it needs matplotlib (pip install matplotlib)")
-    tokens = [int(row["tokens"]) for row in rows]
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 12}):
-        figure = Figure(figsize=(8.3, 4.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(tokens, [float(row["train_loss"]) for row in rows],
-                  label="training, mean since the last validation")
-        axes.plot(tokens, [float(row["valid_loss"]) for row in rows], label="held-out text")
-        axes.plot(int(best["tokens"]), float(best["valid_loss"]), "o", color="C1",
-                  label=f"best: {float(best['valid_loss']):.3f}")
-        axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-        axes.legend(framealpha=0)
-        figure.savefig(path, dpi=150, transparent=True)
+    """Draw both losses over tokens."""
+    from matplotlib.figure import Figure  # unlike pyplot, it has no global state
+
+    tokens = [row["tokens"] for row in rows]
+    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, [float(row["train_loss"]) for row in rows], label="training")
+    axes.plot(tokens, [float(row["valid_loss"]) for row in rows], label="held-out text")
+    axes.plot(best["tokens"], float(best["valid_loss"]), "o", color="C1",
+              label=f"best: {float(best['valid_loss']):.3f}")
+    axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)  # on white, so readable on a dark page, too
 
 
 if __name__ == "__main__":
