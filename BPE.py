@@ -2,24 +2,20 @@
 
 A regular expression splits a text into words (GPT-2, Radford et al. 2019). BPE (Sennrich et al.
 2016) starts from the 256 bytes and makes the most frequent pair of neighbours inside the words a
-new token, again and again. To encode is to make the same merges in the same order.
+new token, again and again. To encode is to make the same merges in the same order. Ids 0-255 are
+the bytes, merge i makes id 256 + i, special tokens come last; a loaded file keeps its own ids.
 
 Stop reading after any part: 1. the idea (textbook code: complete, exact and slow); 2. the engine
 (the same merges in all words at once, on arrays); 3. the split (text -> words); 4. the tokenizer
 (fit, encode, decode, save, load); 5. large texts (files and worker processes).
 
-Ids 0-255 are the bytes, merge i makes id 256 + i, special tokens come last: no text is unknown. (A
-loaded file keeps its own ids.)
-Left out: dropout, tokens that aren't bytes, several splits one after another, scripts (\\p{Han})
-and \\w in patterns. Ids equal those of tiktoken, tokenizers and rustbpe for every character that
-the running Python's `unicodedata` knows; newer ones round-trip, but may be split differently.
-Needs Python 3.11 and numpy 2 (and tqdm for progress bars, if it is there); no torch, no model.
+Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w. Ids
+equal those of tiktoken, tokenizers and rustbpe for every character that the running Python's
+`unicodedata` knows. Needs Python 3.11, numpy 2 (tqdm for bars, if it is there); no torch, no model.
 
 >>> bpe = BPE(258).fit("low lower lowest")
->>> bpe.merges                                       # "l" + "o", then "lo" + "w"
-[(108, 111), (256, 119)]
->>> bpe.encode("slow"), bpe.decode([115, 257])
-([115, 257], 'slow')
+>>> bpe.merges, bpe.encode("slow"), bpe.decode([115, 257])           # "l" + "o", then "lo" + "w"
+([(108, 111), (256, 119)], [115, 257], 'slow')
 """
 import codecs
 import contextlib
@@ -34,7 +30,6 @@ import sys
 import threading
 import types
 import unicodedata
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice, pairwise, starmap
@@ -97,8 +92,8 @@ BORDER, GONE = -1, -2                       # no ids: between two words; merged 
 
 class Words:
     """All words end to end in one array of ids, with a border before, between and behind them. A
-    place in it keeps its number: merging writes the new id at the left place of a pair and takes
-    the right place out of the chain of neighbours, a ring.
+    place never moves: merging writes the new id at the left place of a pair and takes the right
+    place out of the chain of neighbours, a ring.
 
         place         0   1   2   3   4   5   6   7   8   9  10
         id            |   l   o   w   |   l   o   w   e   r   |
@@ -116,13 +111,12 @@ class Words:
         self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
 
     def pairs(self, places: np.ndarray) -> np.ndarray:
-        """The pairs that begin at these places, each as one number, left << 32 | right; negative
-        if one of the two is no id."""
+        """The pairs that begin here, each as one number, left << 32 | right; negative: no pair."""
         return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
-        """Merges the pairs that begin at these places, no two of which overlap. Returns, sorted,
-        where another pair begins now: these places and those before them."""
+        """Merges the pairs that begin at these places; no two overlap. Returns, sorted, where
+        another pair begins now: these places and those before them."""
         gone = self.next[places]
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
@@ -158,7 +152,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
     An id only ever gives way to a newer one. So a pair exists from one moment on, when the later of
     its two ids is made, at all its places: they are noted then, and later merges only take places
-    away. Hence a count on the heap is never too low, and a pair that leaves the heap with all its
+    away. Hence a count on the heap is never too low: a pair that leaves the heap with all its
     places is the most frequent one; any other is counted again and put back."""
     # (N,), how often the word at each place occurs: the borders up to a place count the words
     weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
@@ -195,18 +189,18 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
 
 
 class Merges:
-    """The merges of a tokenizer. The rank of a pair is its place among them. In a word the pair of
+    """The merges of a tokenizer; the rank of a pair is its place among them. In a word the pair of
     the lowest rank is merged, the leftmost of several, until none is left: so does apply_to_one.
 
-    In many words at once, one by one would be slow. But merges that use nothing another one of them
-    makes can be made together (t + h and i + n, but not th + e): those of the ranks from a up to
-    limit[a], a band. If a is the lowest rank in any word, all pairs that its band will merge are
-    there already, and merging them makes none of the band. (A foreign file may list a merge before
-    the one that makes what it uses: then limit is None, and each word is merged alone.)"""
+    For many words at once: merges that use nothing another one of them makes can be made together
+    (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If a is the
+    lowest rank in any word, all pairs that its band will merge are there already, and merging them
+    makes none of the band. (A foreign file may list a merge before the one that makes what it uses:
+    then limit is None, and each word is merged alone.)"""
 
-    def __init__(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int]):
+    def __init__(self, merges: list[Pair], made: list[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
-        self.rank_of = dict(zip(merges, range(self.none), strict=True))
+        self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
         self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
         self.pair = pair[self.rank]
@@ -217,8 +211,7 @@ class Merges:
         self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
 
     def apply_to_one(self, word: str) -> list[int]:
-        """The ids of one word, by a heap of (rank, place). For a few words that is quicker than
-        arrays."""
+        """The ids of one word, by a heap of (rank, place): for few words quicker than arrays."""
         ids = [*map(self.byte_ids.__getitem__, word.encode()), BORDER]       # a ring, as in Words
         following, previous = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
         heap = [(self.rank_of[pair], place) for place, pair in enumerate(pairwise(ids))
@@ -281,89 +274,73 @@ KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/／])"
                  r"|(?<=[a-zA-Zа-яё一-鿿ぁ-ゖァ-ヺ])(?=[,.;!?({<\"，。、；：！？])")
 
-# `re` knows no \p{L}. So a text's characters are folded to 161 letters, and the pattern is
-# translated to them: ASCII stays, another character becomes the letter of its category. \x85, a
-# line end, and long s and the Kelvin sign, an s and a k to (?i:...), have letters of their own.
+# `re` knows no \p{L}. So text and pattern are folded to an alphabet of 192 letters: \x00-\x9f, then
+# one for each category of the other characters, \xa0 for Lu. Only long s and the Kelvin sign stay
+# what they are: (?i:s) and (?i:k) match them.
 CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
               "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
-CATEGORY_OF = [unicodedata.category(chr(b)) for b in range(128)] + CATEGORIES + ["Cc", "Ll", "Lu"]
-NEXT_LINE, LONG_S, KELVIN = 158, 159, 160
-SPACE = {b for b in range(161) if CATEGORY_OF[b][0] == "Z" or 9 <= b <= 13} | {NEXT_LINE}
+CATEGORY_OF = {c: unicodedata.category(c) for c in (*map(chr, range(160)), "\u017f", "\u212a")}
+CATEGORY_OF |= {chr(160 + i): category for i, category in enumerate(CATEGORIES)}
+SPACE = {c for c, kind in CATEGORY_OF.items() if kind[0] == "Z" or c in "\t\n\v\f\r\x85"}
 FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category hasn't been asked yet
-FOLD[:128] = range(128)
-FOLD[[0x85, 0x17F, 0x212A]] = NEXT_LINE, LONG_S, KELVIN
+FOLD[:160] = range(160)
+FOLD[[0x17F, 0x212A]] = 254, 253
 
-# What a pattern may have: sets, classes, letters in any case, and what all engines read alike.
+# What a pattern may have: what the ones above need, which all engines read alike.
 CLASS = r"\\[pP]\{\w+\}|\\[sS]"
-CHARACTER = r"\\[rntf]|\\[!-/:-@[-`{-~]|[^][\\]"
-ITEM = re.compile(rf"(?P<set>\[\^?(?:{CLASS}|{CHARACTER})+\])|(?P<class>{CLASS})"
-                  r"|\(\?i:(?P<any>(?:['|a-zA-Z]|\[[a-zA-Z]+\])+)\)|(?P<group>\((?!\?))|\(\?[:=!>]"
-                  rf"|[)|.]|[*+?][+?]?|\{{\d+(?:\}}|,\d*\}}\??)(?![+?])|(?![(^${{}}])(?:{CHARACTER})")
+LETTER = r"""(?:\\[rntf.*+?|^$(){}[\]&~/-]|[\w !"#%',/:;<=>@`])"""
+SET = rf"\[\^?(?:{CLASS}|{LETTER}(?:-{LETTER})?|[.*+?$()])+\]"
+ITEM = (rf"{SET}|{CLASS}|{LETTER}|\(\?i:(?:['|a-zA-Z]|\[[a-zA-Z]+\])+\)|\(\?[:>]|\(\?!(?=\\S\))"
+        r"|[)|.]|[*+?][+?]?|\{\d+(?:,\d+)?\}(?![+?])")
 
 
 def translate(item: re.Match) -> str:
-    """One item of a pattern, in folded letters."""
-    def members(name: re.Match) -> str:                  # \p{L}, \P{L}, \s, \S
+    """One item of a pattern, with \\p{L}, \\P{L}, \\s, \\S as sets of folded letters."""
+    def members(name: re.Match) -> str:
         kind = name[0][3:-1]
-        found = [CATEGORY_OF[b].startswith(kind) if kind else b in SPACE for b in range(161)]
-        if not any(found):
+        found = {c for c in CATEGORY_OF if CATEGORY_OF[c].startswith(kind)} if kind else SPACE
+        if not found:
             raise ValueError(f"{name[0]}: give a general category of Unicode, such as L, Lu or N")
-        return "".join(f"\\x{b:02x}" for b in range(161) if found[b] == (name[0][1] in "ps"))
+        return re.escape("".join(found if name[0][1] in "ps" else CATEGORY_OF.keys() - found))
 
-    def both_cases(letters: re.Match) -> str:            # [st] or t of (?i:[st]|t)
-        both = letters[0].strip("[]").lower() + letters[0].strip("[]").upper()
-        return f"[{both}{chr(LONG_S) * ('s' in both)}{chr(KELVIN) * ('k' in both)}]"
-
-    if item["set"] and re.search(r"&&|--|~~|\|\||\\[sS]-|\}-|-\\[pPsS]", item["set"]):
-        raise ValueError(f"{item['set']}: no set operations, no ranges of classes")
-    if item["any"]:
-        return "(?:" + re.sub(r"\[\w+\]|\w", both_cases, item["any"]) + ")"
     text = re.sub(CLASS, members, item[0])
-    return "(?:" if item["group"] else f"[{text}]" if item["class"] else text
+    return f"[{text}]" if re.fullmatch(CLASS, item[0]) else text
 
 
 class Splitter:
     """Splits text into words as a pattern with \\p{..} says, by the standard library's `re`.
-    normal: the normal form, NFC or NFKC, into which the text is brought before, or None.
     ValueError for a pattern that can't be translated, and for text with half a surrogate pair."""
 
-    def __init__(self, pattern: str, normal: str | None = None):
-        self.pattern, self.normal, self.known = pattern, normal, pattern in KNOWN
+    def __init__(self, pattern: str):
+        self.known, self.normal = pattern in KNOWN, None     # normal: "NFC" or "NFKC", made before
         try:
-            if odd := re.sub("[ -~]", "", pattern) or ITEM.sub("", pattern):
-                raise ValueError(f"{odd}: only ASCII, classes, sets, groups and repetitions")
-            text = ITEM.sub(translate, pattern)
+            if rest := pattern[re.match(f"(?a:{ITEM})*", pattern).end():]:
+                raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions")
+            text = re.sub(f"(?a:{ITEM})", translate, pattern)
             if re.match(text, ""):
                 raise ValueError("it matches the empty text")
             # What a pattern leaves out becomes a word of its own: no text gets lost.
-            rest = "" if self.known else f"|(?:(?!{text})[\\x00-\\xff])+"
+            rest = "" if self.known else f"|(?:(?!{text})(?s:.))+"
             self.find_all = re.compile(text + rest).findall
         except (ValueError, re.error) as error:
             raise ValueError(f"pattern {pattern!r}: {error}; write it like GPT4_PATTERN") from None
 
     def __call__(self, text: str) -> list[str]:
         """Text -> its words. "".join(words) == text, in the normal form."""
-        if self.normal and not text.isascii():
+        if text.isascii():
+            return self.find_all(text)
+        if self.normal:
             text = unicodedata.normalize(self.normal, text)
-        folded = text if text.isascii() else fold(text)
-        words = self.find_all(folded)
-        if not self.known and "" in words:               # in front of something, say: a*(?=b)
-            raise ValueError(f"pattern {self.pattern!r}: it matches the empty text; repeat with +")
-        if folded is text:
-            return words
+        try:
+            code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character at {error.start}: take text.encode('utf-16', "
+                             "'surrogatepass').decode('utf-16', 'replace')") from None
+        for c in np.unique(code[FOLD[code] == 255]).tolist():
+            FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
+        folded = FOLD[code].tobytes().decode("latin-1")
+        words = self.find_all(folded.replace("\xfe", "\u017f").replace("\xfd", "\u212a"))
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
-
-
-def fold(text: str) -> str:
-    """A text in folded letters."""
-    try:
-        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a character, {text[error.start]!r}, at {error.start}: take text."
-                         "encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
-    for c in np.unique(code[FOLD[code] == 255]).tolist():
-        FOLD[c] = 128 + CATEGORIES.index(unicodedata.category(chr(c)))
-    return FOLD[code].tobytes().decode("latin-1")
 
 
 # --- 4. the tokenizer -----------------------------------------------------------------------------
@@ -378,8 +355,7 @@ class BPE:
     vocab_size: how many tokens at most, special ones included (at least 256 + len(special_tokens)).
     pattern: what a word is, written as published, with \\p{L}, \\p{N}, \\s, (?i:...).
     special_tokens: names such as "<|endoftext|>", never learned, made from text only when asked.
-    ValueError for a vocab_size too small, a pattern it can't express, names empty or given twice.
-    """
+    ValueError for a vocab_size or a pattern that won't do, for names empty or given twice."""
 
     def __init__(self, vocab_size: int, pattern: str = GPT2_PATTERN,
                  special_tokens: Iterable[str] = ()):
@@ -387,51 +363,53 @@ class BPE:
         if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
         if vocab_size < 256 + len(names):
-            raise ValueError(f"vocab_size={vocab_size}: the bytes and {len(names)} special "
-                             f"tokens need {256 + len(names)} or more")
+            raise ValueError(f"vocab_size={vocab_size}: bytes and special tokens need "
+                             f"{256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
-        self._set([], [], dict.fromkeys(names))
+        self._learned([], names)
 
-    def _set(self, merges: list[Pair], made: Iterable[int], special: dict[str, int | None],
-             byte_ids: Iterable[int] = range(256), token: dict[int, bytes] | None = None,
-             whole: dict[str, int] | None = None) -> None:
-        """made: the ids that the merges make. token: the bytes of each id, if a file tells. whole:
-        words (in BYTE_LETTERS) that are one token, whatever the merges say. Everything is replaced
-        at once: an interrupt leaves the old tokenizer or the new one."""
-        if token is None:
-            token = {i: bytes([i]) for i in range(256)}
-            for (left, right), i in zip(merges, made, strict=True):
-                token[i] = token[left] + token[right]
-            special = {name: i for i, name in enumerate(special, len(token))}
+    def _learned(self, merges: list[Pair], names: Iterable[str]) -> None:
+        """The ids that the header names: bytes, merges, special tokens."""
+        token = [bytes([b]) for b in range(256)]
+        for left, right in merges:
+            token.append(token[left] + token[right])
+        special = {name: i for i, name in enumerate(names, len(token))}
+        self._set(merges, range(256, len(token)), range(256), dict(enumerate(token)), special)
+
+    def _set(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int],
+             token: dict[int, bytes], special: dict[str, int], ignore_merges: bool = False) -> None:
+        """made: the ids that the merges make. token: the bytes of each id. ignore_merges: a word
+        that is a token becomes that token. Everything is replaced at once: an interrupt leaves the
+        old tokenizer or the new one."""
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        token = token | {i: name.encode() for name, i in special.items()}
+        dtype = np.dtype(np.uint16 if max(*token, *special.values()) < 65536 else np.uint32)
+        whole = {word.decode("utf-8", "surrogateescape"): i.to_bytes(dtype.itemsize, sys.byteorder)
+                 for i, word in token.items() if ignore_merges}
         vars(self).update(
-            merges=merges, special_tokens=special, _token=token, _byte_ids=byte_ids,
-            _merges=Merges(merges, made, byte_ids), _whole=whole or {}, _known={}, _room=MEMORY,
+            merges=merges, special_tokens=special, _merges=Merges(merges, made, byte_ids),
+            _token=token | {i: name.encode() for name, i in special.items()}, _dtype=dtype,
             _names=re.compile(f"({names})") if names else None,
-            _dtype=np.dtype(np.uint16 if max(token) < 65536 else np.uint32))
+            _whole=whole, _known=dict(whole), _room=MEMORY)      # words -> the bytes of their ids
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
         return max(self._token) + 1
 
-    def __getstate__(self) -> dict:
-        return vars(self) | {"_known": {}, "_room": MEMORY}      # a copy meets its words by itself
+    def __getstate__(self) -> dict:          # a copy meets its words by itself
+        return vars(self) | {"_known": dict(self._whole), "_room": MEMORY}
 
     def fit(self, text: str | Iterable[str]) -> "BPE":
-        """Learns the merges from a text, or an iterable of texts (read once, never held whole).
-
-        The next merge is the most frequent pair inside the words, ties go to the smaller (left id,
-        right id). It stops early when no pair occurs twice. Words end where a text of the iterable
-        ends (an open file is an iterable of lines), and at the special tokens written in it, from
-        which nothing is learned. ValueError for an item that is no str or has half a character.
-        """
+        """Learns the merges from a text, or an iterable of texts (read once, never held whole): the
+        next one is the most frequent pair inside the words, ties go to the smaller (left id, right
+        id), until no pair occurs twice. Words end where a text of the iterable ends (an open file
+        is an iterable of lines), and at the special tokens in it, from which nothing is learned.
+        ValueError for an item that is no str or has half a character."""
         counts: Counter[str] = Counter()
         for part in spread(self._count, self._batches(text, True, ids=False), "counting words"):
             counts.update(part)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
-        merges = list(_progress(learn(words, counts.values(), wanted), "merging", wanted))
-        self._set(merges, range(256, 256 + len(merges)), self.special_tokens)
+        pairs = _progress(learn(words, counts.values(), wanted), "merging", wanted)
+        self._learned(list(pairs), self.special_tokens)
         return self
 
     def _count(self, pieces: list[str | int]) -> Counter[str]:
@@ -440,8 +418,8 @@ class BPE:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
-        of several the longest, becomes its id. No other is ever added, as with tokenizers'
-        add_special_tokens=False. ValueError for what is no str or has half a character.
+        of several the longest, becomes its id. None is ever added (add_special_tokens=False in
+        other libraries). ValueError for what is no str or has half a character.
 
         >>> bpe = BPE(257, special_tokens=["<|end|>"])
         >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
@@ -449,78 +427,65 @@ class BPE:
         """
         if not isinstance(text, str):
             raise ValueError(f"encode takes one str, not {_kind(text)}")
-        ids: list[int] = []
-        for part in spread(self._encode, self._batches(text, allow_special), "encoding"):
-            ids += np.frombuffer(part, self._dtype).tolist()
-        return ids
+        ids = b"".join(spread(self._encode, self._batches(text, allow_special), "encoding"))
+        return np.frombuffer(ids, self._dtype).tolist()
 
     def _encode(self, pieces: list[str | int]) -> bytes:
         """Texts and ready ids -> their ids, as the bytes of an array."""
         known, merges, words = self._known, self._merges, []     # a thread may start a new memory
-        kind = self._dtype.char
         for piece in pieces:
             if isinstance(piece, str):
                 words += self._split(piece)
             else:
                 words.append(piece)
-                known[piece] = array(kind, [piece]).tobytes()
+                known[piece] = np.array([piece], self._dtype).tobytes()
         if new := set(words).difference(known):
             if merges.limit is None or sum(map(len, new)) < FEW:
-                found = {word: array(kind, merges.apply_to_one(word)).tobytes() for word in new}
+                found = {word: np.array(merges.apply_to_one(word), self._dtype).tobytes()
+                         for word in new}
             else:
-                merging = Words(new, self._byte_ids)
+                merging = Words(new, merges.byte_ids)
                 merges.apply(merging)
                 found = dict(zip(new, merging.results(self._dtype), strict=True))
-            if self._whole:
-                letters = {w: w.encode().decode("latin-1").translate(BYTE_LETTERS) for w in new}
-                found |= {word: array(kind, [self._whole[name]]).tobytes()
-                          for word, name in letters.items() if name in self._whole}
             known |= found                               # at once: an interrupt leaves no half word
             self._room -= sum(map(len, new)) + 128 * len(new)
             if self._room < 0:
-                self._known, self._room = {}, MEMORY
+                self._known, self._room = dict(self._whole), MEMORY
         return b"".join(map(known.__getitem__, words))
 
     def encode_file(self, source: str | os.PathLike | Iterable[str | int],
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
-        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids, to a .npy
-        file (1-D; uint16 if len(self) <= 65536, else uint32) and returns how many there are.
+        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids (a special
+        token between documents), to a .npy file (1-D; uint16 if len(self) <= 65536, else uint32)
+        and returns how many there are. Special tokens written in a text: as in encode.
 
-        An int in the iterable is an id, written as it is (a special token between documents). Words
-        end where a text ends (an open file is an iterable of lines: give its path). Special tokens
-        written in a text: as in encode. Memory is bounded (if the pattern is one of KNOWN); the
-        file takes its place only when it is complete. ValueError for what is not UTF-8, half a
-        character, an unknown id.
-        """
+        Words end where a text ends (an open file is an iterable of lines: give its path). Memory is
+        bounded (if the pattern is one of KNOWN); the file takes its place only when it is complete.
+        ValueError for what is not UTF-8, half a character, an unknown id."""
         if isinstance(source, (str, os.PathLike)):
             names = self.special_tokens if allow_special else ()
             bounded = self._split.known and not any(CUT.search("." + name, 2) for name in names)
             source = read_text(source) if bounded else ["".join(read_text(source))]
-        total = 0
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
-            for ids in spread(self._encode, self._batches(source, allow_special), "encoding"):
-                file.write(ids)
-                total += len(ids) // self._dtype.itemsize
+            file.writelines(spread(self._encode, self._batches(source, allow_special), "encoding"))
+            total = (file.tell() - 128) // self._dtype.itemsize
             file.seek(0)
             header = {"descr": self._dtype.str, "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, texts: str | Iterable[str | int], allow_special: bool,
-                 ids: bool = True) -> Iterator[list[str | int]]:
-        """Texts, cut where no word crosses, and ids, in lists of about BATCH characters. ids: the
-        items may be ids. allow_special: the special tokens in a text become ids."""
-        batch, size = [], 0
+    def _batches(self, texts: Iterable[str | int], allow_special: bool, ids: bool = True):
+        """Yields texts, cut where no word crosses, and ids, in lists of about BATCH characters.
+        ids: the items may be ids. allow_special: special tokens in a text become ids."""
+        batch, size, names = [], 0, self._names if allow_special else None
         for item in [texts] if isinstance(texts, str) else texts:
-            parts = [item]
-            if isinstance(item, str):
-                if allow_special and self._names:
-                    parts = self._names.split(item)      # every second one is a special token
-                    parts[1::2] = map(self.special_tokens.get, parts[1::2])
-            elif not (ids and isinstance(item, (int, np.integer)) and item in self._token):
+            is_id = ids and isinstance(item, (int, np.integer)) and item in self._token
+            if not (is_id or isinstance(item, str)):
                 raise ValueError(f"{_kind(item)} among the texts: give one str at a time"
                                  + f", or an id from 0 to {len(self) - 1}" * ids)
+            parts = names.split(item) if names and not is_id else [item]
+            parts[1::2] = map(self.special_tokens.get, parts[1::2])      # every second part is one
             for part in parts:
                 for piece in cut([part]) if isinstance(part, str) and self._split.known else [part]:
                     batch.append(piece)
@@ -532,14 +497,12 @@ class BPE:
             yield batch
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> bytes, for streams: a character may be spread over several tokens. An unknown id
-        is a ValueError."""
+        """Ids -> bytes, for streams: a character may be spread over tokens. Errors as in decode."""
         try:
             row = ids.tolist() if hasattr(ids, "tolist") else ids
             return b"".join(map(self._token.__getitem__, row))
         except KeyError as error:
-            raise ValueError(f"{error.args[0]!r:.40} is no id of this tokenizer (0 to "
-                             f"{len(self) - 1}): does it belong to the model?") from None
+            raise ValueError(f"{error!s:.40} is no id: they go up to {len(self) - 1}") from None
         except TypeError:
             raise ValueError(f"ids are {_kind(ids)}: give one row of them") from None
 
@@ -549,8 +512,7 @@ class BPE:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def show(self, text: str | list[int]) -> str:
-        """A text (or ids) with | between the tokens, · for a space, escapes for what can't be seen:
-        \\xc3 is a byte that is only a part of a character.
+        """A text (or ids) with | between tokens, · for a space, \\xc3 for a part of a character.
 
         >>> print(BPE(258).fit("low lower lowest").show("low lower"))
         low|·|low|e|r
@@ -562,29 +524,26 @@ class BPE:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
-
         tokenizers.Tokenizer.from_file reads it and gives the same ids, but always takes special
-        tokens in a text for what they are (our allow_special=True). ValueError for what the format
-        can't express.
-        """
-        name = {i: t.decode("latin-1").translate(BYTE_LETTERS) for i, t in self._token.items()}
+        tokens in a text for what they are. ValueError if one of them looks like another token."""
+        name = {i: "".join(map(BYTE_LETTERS.__getitem__, t)) for i, t in self._token.items()}
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
-            twice = Counter(name.values()).most_common(1)[0][0]
-            raise ValueError(f"two tokens would be written {twice!r}: choose other special tokens")
-        split = level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                         "use_regex": self.pattern == GPT2_PATTERN}
-        if self.pattern != GPT2_PATTERN:
-            regex = {"type": "Split", "pattern": {"Regex": self.pattern},
-                     "behavior": "Isolated", "invert": False}
-            split = {"type": "Sequence", "pretokenizers": [regex, level]}
+            raise ValueError(f"{[*self.special_tokens]}: a special token looks like another token")
         off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        normal = self._split.normal and {"type": self._split.normal}
+        known = self.pattern == GPT2_PATTERN
+        regex = {"Regex": self.pattern}
+        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        level["use_regex"] = known
         data = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": text, **off, "special": True}
                              for text, i in self.special_tokens.items()],
-            "normalizer": normal, "pre_tokenizer": split, "post_processor": None,
+            "normalizer": self._split.normal and {"type": self._split.normal},
+            "pre_tokenizer":
+                level if known else {"type": "Sequence", "pretokenizers": [split, level]},
+            "post_processor": None,
             "decoder": level | {"add_prefix_space": True, "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -598,115 +557,85 @@ class BPE:
     def load(cls, path: str | os.PathLike) -> "BPE":
         """Reads a byte-level BPE tokenizer.json, ours or another's (GPT-4o's, gpt-oss's, Llama 3's,
         Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
-        is left out, as encode adds none. What is broken or can't be done exactly is a ValueError
-        that names it."""
+        is left out, as encode adds none. ValueError for what is broken or can't be done exactly."""
         collecting = gc.isenabled()
         gc.disable()                                     # a fifth less time: nothing here is a ring
         try:
             with open(path, encoding="utf-8") as file:
-                return cls._read(json.load(file))
+                data = json.load(file)
+            pattern, normal = _how_it_splits(data)
+            vocab, pairs = data["model"]["vocab"], data["model"]["merges"]
+            special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+            seen: dict[int, str] = {}
+            for name, i in (vocab | special).items():
+                if (type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i
+                        or seen.setdefault(i, name) != name):
+                    raise ValueError(f"{name!r} has id {i!r}: give whole numbers that differ")
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
+            token = {i: bytes(map(BYTE_OF.__getitem__, name)) for name, i in vocab.items()
+                     if name not in special}
+            bpe = cls(256 + len(special), pattern, special)
+            bpe._set([(vocab[left], vocab[right]) for left, right in pairs],
+                     [vocab[left + right] for left, right in pairs],
+                     [vocab[c] for c in BYTE_LETTERS], token, special,
+                     data["model"].get("ignore_merges"))
+            if len(bpe._merges.rank_of) < len(pairs):
+                raise ValueError("a merge appears twice")
+            bpe.vocab_size, bpe._split.normal = len(bpe), normal
+            return bpe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = str(error) if type(error) is ValueError else (
-                f"not a complete BPE tokenizer.json ({type(error).__name__}: {error})")
-            raise ValueError(f"{os.fspath(path)}: {why}") from None
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{os.fspath(path)} can't be read as byte-level BPE: {why}") from None
         finally:
             if collecting:
                 gc.enable()
-
-    @classmethod
-    def _read(cls, data: dict) -> "BPE":
-        """The tokenizer that the content of a tokenizer.json describes."""
-        model, pattern, normal = data["model"], *_how_it_splits(data)
-        vocab, listed = model["vocab"], model["merges"]
-        if model.get("type", "BPE") != "BPE" or (type(vocab), type(listed)) != (dict, list):
-            raise ValueError(f"its model is {model.get('type')!r}, only byte-level BPE can be read")
-        special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-        names, merges, made, token_bytes = vocab | special, [], [], {}
-        odd = [f"{name!r} has id {i!r}" for name, i in names.items()
-               if type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i]
-        odd += [f"id {i} has {n} tokens" for i, n in Counter(names.values()).items() if n > 1]
-        odd += [f"byte {b} ({c!r}) has no token" for b, c in enumerate(BYTE_LETTERS)
-                if c not in vocab]
-        if odd:
-            raise ValueError(f"{', '.join(odd[:3])}: each byte needs a token, each token an id of "
-                             "its own, a whole number from 0 to 2**31 - 1")
-        try:
-            for entry in listed:
-                left, right = entry.split(" ") if isinstance(entry, str) else entry
-                made.append(vocab[left + right])
-                merges.append((vocab[left], vocab[right]))
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"merge {len(merges)} is {entry!r}: it must be two tokens that make a "
-                             "third, all of them in the vocabulary") from None
-        for name, i in vocab.items():
-            try:
-                token_bytes[i] = name.translate(LETTER_BYTES).encode("latin-1")
-            except UnicodeEncodeError:                   # not made of BYTE_LETTERS
-                token_bytes[i] = name.encode()
-        whole = {n: i for n, i in vocab.items() if n not in special and model.get("ignore_merges")}
-        bpe = cls(256 + len(special), pattern, special)
-        bpe._split = Splitter(pattern, normal)
-        bpe._set(merges, made, special, [vocab[c] for c in BYTE_LETTERS], token_bytes, whole)
-        if len(bpe._merges.rank_of) < len(merges):
-            raise ValueError(f"the merge {Counter(merges).most_common(1)[0][0]} appears twice")
-        bpe.vocab_size = len(bpe)
-        return bpe
 
 
 # The letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can be
 # seen in Latin-1 for themselves, for the others those from U+0100 on.
 _others = map(chr, range(256, 512))
 BYTE_LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else next(_others) for b in range(256)]
-LETTER_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(BYTE_LETTERS)}
-
-# BPE.load refuses a file that sets one of these.
-NOT_DONE = ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
-            "continuing_subword_prefix", "end_of_word_suffix")
-CAN_BE_READ = ("byte-level BPE: ByteLevel alone (add_prefix_space false, use_regex true) or behind "
-               "one Split by a Regex (Isolated; use_regex false); NFC, NFKC or no normalizer, with "
-               "tokens that aren't normalized; a post_processor with the text once")
+BYTE_OF = {c: b for b, c in enumerate(BYTE_LETTERS)}
 
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
-    """The split pattern and normal form of a tokenizer.json; names what can't be done exactly."""
-    level, pattern, wrong = {"type": "ByteLevel"}, None, []
-    match data.get("pre_tokenizer") or {"type": None}:
+    """The split pattern and normal form of a tokenizer.json. ValueError for what isn't done."""
+    pattern, level = None, {"type": "ByteLevel"}
+    match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
             pattern = GPT2_PATTERN
         case {"pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": way, **more},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} if (
-                    (way, more.get("invert", False)) == ("Isolated", False)
-                    or (way, more.get("invert")) == ("Removed", True) and pattern in KNOWN):
-            pass
-        case step:
-            kinds = [part["type"] for part in step.get("pretokenizers", [step])]
-            wrong += [f"pre_tokenizer {kinds}" + " isn't byte-level" * ("ByteLevel" not in kinds)
-                      + f" ({json.dumps(step):.300})"]
-    normal = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": way, **more},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
+            if way == "Isolated" or way == "Removed" and more.get("invert") and regex in KNOWN:
+                pattern = regex
+    normal = data.get("normalizer") or {"normalizers": []}
     forms = [form["type"] for form in normal.get("normalizers", [normal])]
-    wrong += [f"normalizer {forms}"] * (forms not in ([], ["NFC"], ["NFKC"]))
-    decoder, after = data.get("decoder") or level, data.get("post_processor") or level
-    wrong += [f"decoder {decoder['type']}"] * (decoder["type"] != "ByteLevel")
-    for step in after.get("processors", [after]):
-        if "single" in step and [*map(list, step["single"])].count(["Sequence"]) != 1:
-            wrong += [f"post_processor {step['type']}"]
+    after = data.get("post_processor") or level
+    texts = [[*map(list, step["single"])].count(["Sequence"])
+             for step in after.get("processors", [after]) if "single" in step]
+    for part, done, rule in (
+            ("model", data["model"].get("type", "BPE") == "BPE", "BPE"),
+            ("pre_tokenizer", pattern, "ByteLevel without a prefix space, alone (use_regex true) "
+             "or behind one Split by a Regex (Isolated; use_regex false)"),
+            ("normalizer", forms in ([], ["NFC"], ["NFKC"]), "NFC, NFKC or none"),
+            ("decoder", (data.get("decoder") or level)["type"] == "ByteLevel", "ByteLevel"),
+            ("post_processor", set(texts) <= {1}, "special tokens around the text")):
+        if not done:
+            raise ValueError(f"its {part} must be {rule}, not {json.dumps(data.get(part)):.300}")
     for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        wrong += [f"{name} {part[name]!r:.60}" for name in NOT_DONE if part.get(name)]
-        wrong += ["normalizer and normalized tokens"] * bool(forms and part.get("normalized"))
-    if wrong:
-        raise ValueError(f"can't be reproduced exactly: its {wrong[0]}; can be read: {CAN_BE_READ}")
+        for name in ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
+                     "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+                     *["normalized"] * len(forms)):
+            if part.get(name):
+                raise ValueError(f"it sets {name} to {part[name]!r:.60}, which isn't done")
     return pattern, forms[0] if forms else None
 
 
 def _kind(item: object) -> str:
     """What a message says of an argument: its type and shape, not what is in it."""
-    shape, first = [], item
-    while isinstance(first, (list, tuple)):
-        shape.append(len(first))
-        first = first[0] if first else None
-    shape = tuple(getattr(item, "shape", shape))
-    return f"a {type(item).__name__} of shape {shape}" if shape else f"{item!r:.40}"
+    shape = np.shape(item if hasattr(item, "shape") else np.array(item, object))
+    return f"a {type(item).__name__} of shape {tuple(shape)}" if shape else f"{item!r:.40}"
 
 
 # --- 5. large texts: files and worker processes ---------------------------------------------------
@@ -745,8 +674,7 @@ def read_text(path: str | os.PathLike, start: int = 0, stop: int | None = None) 
             yield from cut(codecs.iterdecode(blocks, "utf-8"))
         except UnicodeDecodeError as error:
             at = file.tell() - len(error.object) + error.start
-            raise ValueError(f"{os.fspath(path)} is not UTF-8 at byte {at} ({error.reason}): "
-                             "convert it (iconv -f ITS_ENCODING -t UTF-8)") from None
+            raise ValueError(f"byte {at} of {os.fspath(path)} is not UTF-8: convert it") from None
 
 
 @contextlib.contextmanager
@@ -776,48 +704,46 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
 
 
 def spread(work: Callable[[list], object], batches: Iterable[list], title: str) -> Iterator:
-    """Yields work(batch), work being a method of a BPE, for each batch, in order. If there are
-    many, worker processes do it. What none of them answers is done here: there are none, one was
-    killed, or work raises an error."""
+    """Yields work(batch) for each batch, in order, work being a method of a BPE. Worker processes
+    do it if there are many; what none of them answers (one was killed, say) is done here."""
     batches, waiting, pool = iter(batches), deque(), None        # waiting: batches, their futures
     first = list(islice(batches, WORKERS_FROM))
     if len(first) < WORKERS_FROM:
         yield from map(work, first)
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers, caller = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
+    with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
+        from concurrent.futures import ProcessPoolExecutor
+        if workers > 1 and not caller and not getattr(sys, "frozen", False):     # not in a worker
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
+
+    def submit(batch: list):
+        # A new process would import what `__main__` names, the caller's script: so an empty
+        # module stands there meanwhile.
+        with contextlib.suppress(Exception), STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                return pool.submit(_do, batch)
+            finally:
+                sys.modules["__main__"] = main
 
     def answer(batch: list, future) -> object:
         with contextlib.suppress(Exception):
             return future.result()
         return work(batch)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, here = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
-    if workers > 1 and not here and not getattr(sys, "frozen", False):      # not in a worker
-        with contextlib.suppress(ImportError, NotImplementedError, OSError):     # no semaphores
-            from concurrent.futures import ProcessPoolExecutor
-            spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
     try:
         for batch in _progress(chain(first, batches), title):
-            waiting.append((batch, _submit(pool, batch)))
+            waiting.append((batch, submit(batch)))
             if len(waiting) > 2 * workers or not pool:
                 yield answer(*waiting.popleft())
         yield from starmap(answer, waiting)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool, batch: list):
-    """The future of a batch, or None if no worker can have it. A new process would import what
-    `__main__` says, the caller's script: so an empty module stands there meanwhile."""
-    with contextlib.suppress(Exception), STARTING:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return pool.submit(_do, batch)
-        finally:
-            sys.modules["__main__"] = main
 
 
 def _begin(work: Callable[[list], object]) -> None:
@@ -832,17 +758,13 @@ def _do(batch: list) -> object:
 
 
 def demo() -> None:
-    """Prints how a sentence is merged step by step, and that the textbook form does the same."""
+    """Prints how a sentence is merged step by step."""
     text = "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure."
     print(f"The most frequent pair of neighbours becomes a token, again and again:\n\n{text}\n")
     for new in range(256, 268):
         bpe = BPE(new + 1).fit(text)
         left, right = ([i] for i in bpe.merges[-1])
         print(f"{new} = {bpe.show(left)} + {bpe.show(right)}".ljust(20), bpe.show(text))
-    words = Splitter(GPT2_PATTERN)(text)
-    ids = [i for word in words for i in textbook_encode(word, bpe.merges)]
-    same = textbook_fit(words, 12) == bpe.merges and ids == bpe.encode(text)
-    print(f"\nThe textbook form, which takes one word after the other, gives the same: {same}")
 
 
 if __name__ == "__main__":
