@@ -1437,7 +1437,7 @@ class TestRunFolder(RunCase):
                 (OSError, "", dict(DATA_FILE=".")), (ValueError, "DATA_FILE", dict(DATA_FILE=[])),
                 (ValueError, "DATA_FILE", dict(DATA_FILE="empty.txt")),
                 (ValueError, "MAX_SEQ_LEN", dict(DATA_FILE="short.txt")),
-                (ValueError, "latin.txt.*byte 2.*UTF-8", dict(DATA_FILE="latin.txt")),
+                (ValueError, "byte 2.*latin.txt.*UTF-8", dict(DATA_FILE="latin.txt")),
                 (ValueError, "utf16.txt.*UTF-", dict(DATA_FILE="utf16.txt")),
                 (ValueError, "INIT_FROM.*OUT_DIR", dict(INIT_FROM="out/model.pt", SEED=2)),
                 (OSError, "nowhere.pt", dict(INIT_FROM="nowhere.pt")),
