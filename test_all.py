@@ -2277,7 +2277,7 @@ class TestGPT1(RunCase):
         """What the page writes: the same logits, ids and texts, in pipeline too, and refused
         before a file is written if transformers can't compute it."""
         self.write("text.txt", "The quick brown fox jumps over the lazy dog; why, I know\n" * 60)
-        self.trained("out", VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
+        self.train(VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
                      WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
         with (mock.patch.object(FeedForward, "forward", lambda self, x: self.contract(
                 F.gelu(self.expand(x)))), self.assertSays(ValueError, "1e-3", "undo")):
