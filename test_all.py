@@ -808,6 +808,7 @@ class TestGPTCheckpoint(TrainedCase):
         half = GPT.load("m.pt", dtype="bf16")
         self.assertEqual({p.dtype for p in half.parameters()}, {torch.bfloat16})
         self.assertClose(half(x).float(), model(x), 0.2)
+        self.assertEqual(half.generate(x, 9, False).shape, (2, 18))
         self.assertEqual(sys.stderr.getvalue().count("\n"), 1)
         model.decoders[0].ffn = type("Own", (FeedForward,), {})(16)  # of a class in another file
         model.save("m.pt")
