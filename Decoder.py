@@ -46,8 +46,8 @@ class Decoder(nn.Module):
 def first_layer_gradient(num_blocks: int, residual: bool = True, norm: bool = True) -> float:
     """The gradient norm at the first block's FFN in a stack of blocks, with or without parts.
 
-    >>> first_layer_gradient(12) > 0.01
-    True
+    >>> first_layer_gradient(12) > 0.01, first_layer_gradient(12, norm=False) > 0.01
+    (True, True)
     >>> first_layer_gradient(12, residual=False, norm=False) < 1e-12
     True
     """

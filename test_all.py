@@ -2279,7 +2279,7 @@ class TestGPT1(RunCase):
         before a file is written if transformers can't compute it."""
         self.write("text.txt", "The quick brown fox jumps over the lazy dog; why, I know\n" * 60)
         self.train(VOCAB_SIZE=290, MAX_SEQ_LEN=24, EMB_SIZE=32, NUM_HEADS=4, MAX_STEPS=40,
-                     WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
+                   WARMUP_STEPS=5, EVAL_EVERY=20, BATCH_SIZE=8)
         with (mock.patch.object(FeedForward, "forward", lambda self, x: self.contract(
                 F.gelu(self.expand(x)))), self.assertSays(ValueError, "1e-3", "undo")):
             self.run_recipe(self.way_out)
@@ -2427,8 +2427,7 @@ class TestReadme(RunCase):
         self.assertIn("fox.<|endoftext|>jumps, \"over\" it", Path("my.txt").read_text("utf-8"))
         # the edits of train.py: one file is held out; it stops three validations after the best
         memory, find = "\n    keep_memory()", "    documents = find_text()\n"
-        edited = self.import_from(self.copy_scripts(train=(
-            memory, stop + memory, find, find + hold)))
+        edited = self.edited(train={memory: stop + memory, find: find + hold})
         self.call(edited, small | dict(DATA_FILE=["my.txt", "valid.txt"], LEARNING_RATE=1.0,
                                        OUT_DIR="edited", EVAL_EVERY=2, MAX_STEPS=400))
         losses = [float(row["valid_loss"]) for row in self.rows("edited")]
