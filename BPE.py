@@ -106,7 +106,8 @@ class Words:
 
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
         raw = b"\xff".join([b"", *map(str.encode, words), b""])      # a byte that UTF-8 never has
-        self.id = np.array([*byte_ids][:255] + [BORDER])[np.frombuffer(raw, np.uint8)]       # (N,)
+        ids = np.array([*byte_ids][:255] + [BORDER])                 # so 255 marks a border
+        self.id = ids[np.frombuffer(raw, np.uint8)]                  # (N,)
         places = np.arange(len(raw))
         self.next, self.previous = np.roll(places, -1), np.roll(places, 1)
 
@@ -139,8 +140,9 @@ def first_of_equals(items: np.ndarray) -> np.ndarray:
 
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each item goes on with the run of the item before it -> the number of the item that
-    starts its run, and whether it is the run's first, third ... (of aaaaa, the pairs to merge)."""
+    """continues[i]: item i is in the same run as item i - 1. Returns, for each item, the number of
+    the item that starts its run, and whether it is the run's first, third ...: of aaaaa, the pairs
+    to merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -150,10 +152,11 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """textbook_fit for all words: makes and yields the merges, most frequent pair first, ties to
     the smaller ids. counts: how often each word occurs.
 
-    An id only ever gives way to a newer one. So a pair exists from one moment on, when the later of
-    its two ids is made, at all its places: they are noted then, and later merges only take places
-    away. Hence a count on the heap is never too low: a pair that leaves the heap with all its
-    places is the most frequent one; any other is counted again and put back."""
+    An id only ever gives way to a newer one, and a place gets another right neighbour only when it
+    gets another id itself. So two old ids never become neighbours: a pair appears in one step, with
+    the later of its two ids, at all its places, which are noted then. Later merges only take places
+    away. Hence a count on the heap is never too low: a pair that leaves it with all its places is
+    the most frequent one; any other is counted again and put back."""
     # (N,), how often the word at each place occurs: the borders up to a place count the words
     weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
@@ -192,20 +195,23 @@ class Merges:
     """The merges of a tokenizer; the rank of a pair is its place among them. In a word the pair of
     the lowest rank is merged, the leftmost of several, until none is left: so does apply_to_one.
 
-    For many words at once: merges that use nothing another one of them makes can be made together
-    (t + h and i + n, but not th + e): those of the ranks from a up to limit[a], a band. If a is the
-    lowest rank in any word, all pairs that its band will merge are there already, and merging them
-    makes none of the band. (A foreign file may list a merge before the one that makes what it uses:
-    then limit is None, and each word is merged alone.)"""
+    In many words at once, merges that use nothing another one of them makes can be made together
+    (t + h and i + n, but not th + e). limit[a] is the first rank that uses what a merge of rank a
+    or later makes. If a is the lowest rank in all the words, the ranks a ... limit[a] - 1, a band,
+    can be merged at once: all their pairs are there already, and merging them makes none of them.
+    (A foreign file may list a merge before the one that makes what it uses: then limit is None, and
+    each word is merged alone.)
+
+    made: the id that each merge makes. byte_ids: the id of each byte."""
 
     def __init__(self, merges: list[Pair], made: list[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
         pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
-        self.rank = pair.argsort().astype(np.int32)      # in the order of the pairs; none at last
+        self.rank = pair.argsort().astype(np.int32)      # of the sorted pairs; the last is no merge
         self.pair = pair[self.rank]
+        # the first rank that uses each id: reversed, so that it is the last to be written
         first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
-        # Which rank is the first to use what each one makes.
         used = np.array([first_use.get(i, self.none) for i in made], np.int32)
         in_order = (used > np.arange(self.none)).all()
         self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
@@ -260,19 +266,27 @@ GPT4_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}""
                 r"""| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""")
 LLAMA3_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
                   r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-O200K_PATTERN = "".join(fr"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{a}"
-                        fr"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-                        for a, b in ("*+", "+*")) + (
-    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+O200K_PATTERN = (r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+                 r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+                 r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
+                 r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+                 r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
 # Known of these: they match everywhere, and none of their words crosses a CUT.
-KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, O200K_PATTERN,
-         QWEN2_PATTERN := LLAMA3_PATTERN.replace("{1,3}", "")}
+KNOWN = {GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, O200K_PATTERN}
 
 # Before a space behind a non-space, behind a single line end between non-spaces, between a letter
 # and one of these signs: in the text as it is, and so in its normal form, too. (`re` counts more as
 # \s than Unicode does. No sign with which special tokens end: <end>, User:.)
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/／])"
                  r"|(?<=[a-zA-Zа-яё一-鿿ぁ-ゖァ-ヺ])(?=[,.;!?({<\"，。、；：！？])")
+
+
+def can_be_cut(name: str) -> bool:
+    """Whether cut() might cut this special token in two."""
+    return bool(CUT.search("." + name, 2))               # "." for whatever stands before it
+
+
 
 # `re` knows no \p{L}. So text and pattern are folded to an alphabet of 192 letters: \x00-\x9f, then
 # one for each category of the other characters, \xa0 for Lu. Only long s and the Kelvin sign stay
@@ -405,7 +419,7 @@ class BPE:
         is an iterable of lines), and at the special tokens in it, from which nothing is learned.
         ValueError for an item that is no str or has half a character."""
         counts: Counter[str] = Counter()
-        for part in spread(self._count, self._batches(text, True, ids=False), "counting words"):
+        for part in spread(self._count, self._batches(text, True), "counting words"):
             counts.update(part)
         words, wanted = Words(counts, range(256)), self.vocab_size - 256 - len(self.special_tokens)
         pairs = _progress(learn(words, counts.values(), wanted), "merging", wanted)
@@ -431,7 +445,7 @@ class BPE:
         return np.frombuffer(ids, self._dtype).tolist()
 
     def _encode(self, pieces: list[str | int]) -> bytes:
-        """Texts and ready ids -> their ids, as the bytes of an array."""
+        """Texts and ids of special tokens -> all ids, as the bytes of an array."""
         known, merges, words = self._known, self._merges, []     # a thread may start a new memory
         for piece in pieces:
             if isinstance(piece, str):
@@ -453,18 +467,18 @@ class BPE:
                 self._known, self._room = dict(self._whole), MEMORY
         return b"".join(map(known.__getitem__, words))
 
-    def encode_file(self, source: str | os.PathLike | Iterable[str | int],
+    def encode_file(self, source: str | os.PathLike | Iterable[str],
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
-        """Writes the ids of a UTF-8 text file, or of an iterable of texts and ready ids (a special
-        token between documents), to a .npy file (1-D; uint16 if len(self) <= 65536, else uint32)
-        and returns how many there are. Special tokens written in a text: as in encode.
+        """Writes the ids of a UTF-8 text file, or of an iterable of texts, to a .npy file (1-D;
+        uint16 if len(self) <= 65536, else uint32) and returns how many there are. Special tokens
+        written in a text: as in encode.
 
         Words end where a text ends (an open file is an iterable of lines: give its path). Memory is
         bounded (if the pattern is one of KNOWN); the file takes its place only when it is complete.
-        ValueError for what is not UTF-8, half a character, an unknown id."""
+        ValueError for what is not UTF-8 or has half a character."""
         if isinstance(source, (str, os.PathLike)):
             names = self.special_tokens if allow_special else ()
-            bounded = self._split.known and not any(CUT.search("." + name, 2) for name in names)
+            bounded = self._split.known and not any(map(can_be_cut, names))
             source = read_text(source) if bounded else ["".join(read_text(source))]
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
@@ -475,19 +489,19 @@ class BPE:
             np.lib.format.write_array_header_1_0(file, header)      # 128 bytes
         return total
 
-    def _batches(self, texts: Iterable[str | int], allow_special: bool, ids: bool = True):
-        """Yields texts, cut where no word crosses, and ids, in lists of about BATCH characters.
-        ids: the items may be ids. allow_special: special tokens in a text become ids."""
-        batch, size, names = [], 0, self._names if allow_special else None
-        for item in [texts] if isinstance(texts, str) else texts:
-            is_id = ids and isinstance(item, (int, np.integer)) and item in self._token
-            if not (is_id or isinstance(item, str)):
-                raise ValueError(f"{_kind(item)} among the texts: give one str at a time"
-                                 + f", or an id from 0 to {len(self) - 1}" * ids)
-            parts = names.split(item) if names and not is_id else [item]
-            parts[1::2] = map(self.special_tokens.get, parts[1::2])      # every second part is one
-            for part in parts:
-                for piece in cut([part]) if isinstance(part, str) and self._split.known else [part]:
+    def _batches(self, texts: str | Iterable[str], special: bool) -> Iterator[list[str | int]]:
+        """Yields texts, cut where no word crosses, in lists of about BATCH characters. special: the
+        special tokens in a text become ids."""
+        batch, size, names = [], 0, self._names if special else None
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str):
+                raise ValueError(f"{_kind(text)} among the texts: give one str at a time")
+            for n, part in enumerate(names.split(text) if names else [text]):
+                if n % 2:                                # every second part is a special token
+                    pieces = [self.special_tokens[part]]
+                else:
+                    pieces = cut([part]) if self._split.known else [part]
+                for piece in pieces:
                     batch.append(piece)
                     size += len(piece) if isinstance(piece, str) else 1
                     if size >= BATCH:
@@ -517,10 +531,12 @@ class BPE:
         >>> print(BPE(258).fit("low lower lowest").show("low lower"))
         low|·|low|e|r
         """
+        def visible(c: str) -> str:
+            return "·" if c == " " else c if c.isprintable() else ascii(c)[1:-1]
+
         ids = self.encode(text) if isinstance(text, str) else text
         tokens = (self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
-        return "|".join("".join("·" if c == " " else c if c.isprintable() else ascii(c)[1:-1]
-                                for c in token) for token in tokens)
+        return "|".join("".join(map(visible, token)) for token in tokens)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
@@ -712,20 +728,20 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
         yield from map(work, first)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, caller = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process()
+    workers, in_worker = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process() is not None
     with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
         from concurrent.futures import ProcessPoolExecutor
-        if workers > 1 and not caller and not getattr(sys, "frozen", False):     # not in a worker
+        if workers > 1 and not in_worker and not getattr(sys, "frozen", False):
             spawn = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
 
     def submit(batch: list):
-        # A new process would import what `__main__` names, the caller's script: so an empty
-        # module stands there meanwhile.
+        """A new process would import what `__main__` says, the caller's script: so an empty
+        module stands there meanwhile."""
         with contextlib.suppress(Exception), STARTING:
             main = sys.modules["__main__"]
-            sys.modules["__main__"] = types.ModuleType("__main__")
             try:
+                sys.modules["__main__"] = types.ModuleType("__main__")
                 return pool.submit(_do, batch)
             finally:
                 sys.modules["__main__"] = main
@@ -737,7 +753,7 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
 
     try:
         for batch in _progress(chain(first, batches), title):
-            waiting.append((batch, submit(batch)))
+            waiting.append((batch, submit(batch) if pool else None))
             if len(waiting) > 2 * workers or not pool:
                 yield answer(*waiting.popleft())
         yield from starmap(answer, waiting)

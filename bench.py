@@ -342,7 +342,8 @@ def generation() -> None:
             GPT(V, T, E, H, E // H, layers).save(f"{folder}/model.pt")
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 write_peers_models(folder, *shape)
-            with processes({name: f"import train, bench\nwork = bench.writer{name, folder}"
+            threads = 1 if size == "small" else os.cpu_count()  # there, two mostly wait
+            with processes({name: f"import train, bench\nwork = bench.writer{name, folder, threads}"
                             for name in names}) as calls:
                 for task, batch, prompt, tokens in (("batch 1", 1, 8, new),
                                                     ("batch 16", 16, 8, new // 2),
@@ -376,8 +377,8 @@ def write_peers_models(folder: str, V: int, T: int, E: int, H: int, layers: int)
             TransformersConverter(theirs).convert(f"{folder}/{name}", quantization=kind)
 
 
-def writer(name: str, folder: str) -> Callable:
-    """A function ((batch, prompt length), new tokens) that generates with a model in the folder."""
+def writer(name: str, folder: str, threads: int = 1) -> Callable:
+    """A function ((batch, prompt length), new tokens) that generates; threads: CTranslate2's."""
     library, dtype = name.split()
     if library == "ours":
         model = GPT.load(f"{folder}/model.pt", dtype=dtype)
@@ -391,8 +392,7 @@ def writer(name: str, folder: str) -> Callable:
             torch.randint(1, 1000, size), attention_mask=torch.ones(size), do_sample=True, top_k=50,
             top_p=0.95, max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
     from ctranslate2 import Generator
-
-    model = Generator(f"{folder}/{dtype}", intra_threads=torch.get_num_threads())
+    model = Generator(f"{folder}/{dtype}", intra_threads=threads)
     return lambda size, n: model.generate_batch(
         [[f"t{i}" for i in row] for row in torch.randint(1, 1000, size).tolist()], max_length=n,
         min_length=n, sampling_topk=50, sampling_topp=0.95, include_prompt_in_result=False)

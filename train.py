@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from BPE import BPE, CUT, read_text
+from BPE import BPE, can_be_cut, read_text
 from GetData import Batches, GetData
 from GPT import (
     GPT,
@@ -74,7 +74,7 @@ EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread;
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
 SETTINGS = [name for name in takewhile(lambda name: name != "SETTINGS", globals())  # all above
-            if name.isupper() and name not in ("BPE", "CUT", "GPT")]
+            if name.isupper() and name not in ("BPE", "GPT")]
 # ---------- What may change at any time
 DATA_FILE = None       # a UTF-8 text file, or a list of them; None: Python's own documentation
                        # (another text starts a new run, too)
@@ -339,7 +339,7 @@ def first_tokenizer(out: Path) -> BPE:
         say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
             f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
     for name in bpe.special_tokens:
-        if CUT.search("." + name, 2):  # where read_text may cut a text, but for its first character
+        if can_be_cut(name):
             raise ValueError(f"special token {name!r} might be cut where a text is read in pieces: "
                              f"write it without spaces, like <|user|>")
     return bpe
