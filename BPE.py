@@ -376,7 +376,7 @@ class BPE:
         names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         if len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"special_tokens={names!r}: give names that differ and aren't empty")
-        if vocab_size < 256 + len(names):
+        if not isinstance(vocab_size, (int, np.integer)) or vocab_size < 256 + len(names):
             raise ValueError(f"vocab_size={vocab_size}: bytes and special tokens need "
                              f"{256 + len(names)} or more")
         self.vocab_size, self.pattern, self._split = int(vocab_size), pattern, Splitter(pattern)
@@ -704,7 +704,8 @@ def _replace(path: str | os.PathLike):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        if error.filename is None:
+            error.filename = os.fspath(path)
         raise
     finally:
         with contextlib.suppress(OSError):               # after the replacement it is gone

@@ -200,6 +200,8 @@ class GPT(nn.Module):
         """
         x, y = (check_ids(ids, self.sizes["vocab_size"]).to(self.device, non_blocking=True)
                 for ids in (x, y))
+        if x.shape != y.shape:
+            raise ValueError(f"x of shape {tuple(x.shape)}, y of {tuple(y.shape)}: make them equal")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             logits = (self if net is None else net)(x)  # (B, T) -> (B, T, V)
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
@@ -574,7 +576,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if rank == 0:
         write_file(path, {"sizes": model.sizes, "notes": model.notes,
                           "weights": model.state_dict(), "code": code_of(model),
-                          "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__,
+                          "optimizer": optimizer.state_dict(), "kind": kind_of(model, optimizer),
                           "random_states": states, "run": run})
     if ranks > 1:
         dist.barrier()  # no rank looks for the file before it exists
@@ -592,10 +594,10 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
     check_weights(path, saved, model)  # before the optimizer is touched
-    if saved["kind"] != type(optimizer).__name__:
-        raise ValueError(f"{path}: its optimizer is {saved['kind']}, not "
-                         f"{type(optimizer).__name__}: give the checkpoint another name")
-    optimizer.load_state_dict(saved["optimizer"])  # torch's ValueError if the groups differ
+    if saved["kind"] != (kind := kind_of(model, optimizer)):
+        raise ValueError(f"{path}: its optimizer is {saved['kind'][0]}, not {kind[0]}, or has other "
+                         f"groups of weights: give the checkpoint another name")
+    optimizer.load_state_dict(saved["optimizer"])
     load_weights(path, saved, model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for n, state in saved["optimizer"]["state"].items():  # torch has cast it to the weights' type
@@ -608,6 +610,14 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
         torch.set_rng_state(state["cpu"])
         if model.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], model.device)
+
+
+def kind_of(model: GPT, optimizer: torch.optim.Optimizer) -> list:
+    """What must be the same for its state to be loaded: the class, and the weights of each group,
+    in their order (torch doesn't look at it)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    return [type(optimizer).__name__, *groups]
 
 
 def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:

@@ -210,6 +210,7 @@ class TestBadInput(Case):
             (fit, ([],), "train_loader"), (fit, (batches, []), "valid_loader"),
             *((fit, ([(x.to(dtype), y) for x, y in batches],), str(dtype))
               for dtype in (torch.float32, torch.bool)),
+            (fit, ([(x, y.T) for x, y in batches],), "(4, 8)", "(8, 4)"),
             *((fit, (spoilt(part, bad),), f"id {bad}", "0 to 39")  # -100: cross_entropy skips it
               for part in (0, 1) for bad in (40, -1, -100)),
             (fit, (batches, batches, 1, GPT.load("m.pt", dtype="bf16")), "bf16", "fp32"),
@@ -766,6 +767,7 @@ class TestGPTCheckpoint(TrainedCase):
 
     def test_file_that_does_not_fit(self):
         sgd = with_optimizer(torch.optim.SGD)
+        other = with_optimizer(lambda params, lr: torch.optim.SGD([*params][::-1], lr))
         self.train("sgd.pt", sgd, stop_after=1)
         self.train("c.pt", stop_after=1)
         saved = read_file("c.pt")
@@ -774,6 +776,7 @@ class TestGPTCheckpoint(TrainedCase):
             *((saved | {"weights": saved["weights"] | {name: torch.zeros(39)}}, GPT, "fit load",
                name, "(39,)") for name in ("surplus", "linear.bias")),
             (read_file("sgd.pt"), GPT, "fit", "SGD", "AdamW"), (saved, sgd, "fit", "SGD", "AdamW"),
+            (read_file("sgd.pt"), other, "fit", "other groups"),  # the weights in another order
             ({k: v for k, v in saved.items() if k != "random_states"}, GPT, "fit", "older"),
             *((saved | {"sizes": saved["sizes"] | {name: value}}, GPT, "load", *words)
               for name, value, *words in (
@@ -1433,7 +1436,8 @@ class TestRunFolder(RunCase):
                                  **{name: value})
         for error, words, changes in (
                 (OSError, "text.txt", dict(OUT_DIR="text.txt")),
-                (ValueError, "special.token.*<a b>", dict(SPECIAL_TOKENS=["<a b>"])),
+                *((ValueError, f"special.token.*{name}", dict(SPECIAL_TOKENS=[name]))
+                  for name in ("<a b>", "e")),
                 (OSError, "missing.txt", dict(DATA_FILE=["text.txt", "missing.txt"])),
                 (OSError, "", dict(DATA_FILE=".")), (ValueError, "DATA_FILE", dict(DATA_FILE=[])),
                 (ValueError, "DATA_FILE", dict(DATA_FILE="empty.txt")),
@@ -1587,12 +1591,14 @@ class TestEdits(RunCase):
             self.call(module, SMALL)
         self.assertRegex(self.out.getvalue(), "FLOOR: None -> 0.2, KIND: None -> int.*out-1")
         self.assertEqual(files_of("out-1"), before)
-        edits["GPT"][line[0]] = line[0] + line[1] + "print('logged', flush=True)\n"
+        says = re.search(r"`(print\(run.*?)`", (HERE / "README.md").read_text("utf-8"))[1]
+        edits["GPT"][line[0]] = line[0] + line[1] + says + "\n"
         module = self.edited(**edits)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             self.call(module, SMALL | dict(LOG_LEVEL=2))
         self.assertIn("resuming out after step 6", self.out.getvalue())
-        self.assertEqual(self.out.getvalue().count("logged"), 6)
+        steps = re.findall(r"(?m)^(\d+) \d\.\d+$", self.out.getvalue())
+        self.assertEqual(steps, ["7", "8", "9", "10", "11", "12"])
         self.assertEqual(said.getvalue().count("the model's code was edited"), 1)
         self.assertSameRun("whole", "out", stopped=True)
         self.assertIn("the cat", self.call(sys.modules["sample"], SAMPLE))

@@ -1,6 +1,6 @@
 """train.py: from a text to a GPT that writes like it. Edit the constants, then: python train.py
 
-It holds out the last tenth of each document, trains a tokenizer on the rest, trains the model,
+It holds out the last tenth of each file, trains a tokenizer on the rest, trains the model,
 validates it on the held-out part as it goes, and prints a sample. Stop it whenever you like
 (Ctrl-C, a power cut): run it again and it resumes.
 On several processes: torchrun --nproc_per_node=2 train.py
@@ -137,7 +137,7 @@ def run(locks: ExitStack) -> None:
             "learning_rate": f"{metrics['learning_rate']:.3g}",
             "tokens_per_second": f"{metrics['tokens_per_second']:.0f}"})
         write_metrics(out, rows)
-        if metrics["best"]:
+        if metrics["best"] or not (out / "model.pt").exists():
             model.save(out / "model.pt")
         say(f"step {metrics['step']} of {MAX_STEPS}: training {metrics['train_loss']:.4f}, "
             f"validation {metrics['valid_loss']:.4f} nats per token, {bits:.4f} bits per byte, "
@@ -339,9 +339,9 @@ def first_tokenizer(out: Path) -> BPE:
         say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
             f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
     for name in bpe.special_tokens:
-        if can_be_cut(name):
-            raise ValueError(f"special token {name!r} might be cut where a text is read in pieces: "
-                             f"write it without spaces, like <|user|>")
+        if len(name) == 1 or can_be_cut(name):
+            raise ValueError(f"special token {name!r} is a letter, or might be cut where a text is "
+                             f"read in pieces: write it without spaces, like <|user|>")
     return bpe
 
 
