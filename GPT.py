@@ -595,8 +595,8 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
                          f"resumed; give the checkpoint another name")
     check_weights(path, saved, model)  # before the optimizer is touched
     if saved["kind"] != (kind := kind_of(model, optimizer)):
-        raise ValueError(f"{path}: its optimizer is {saved['kind'][0]}, not {kind[0]}, or has other "
-                         f"groups of weights: give the checkpoint another name")
+        raise ValueError(f"{path}: its optimizer is {saved['kind'][0]}, not {kind[0]}, or has "
+                         f"other groups of weights: give the checkpoint another name")
     optimizer.load_state_dict(saved["optimizer"])
     load_weights(path, saved, model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
