@@ -180,7 +180,7 @@ def check_constants(ranks: int) -> dict[str, str]:
     BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
     with torch.device("meta"):  # where a model takes no memory: built there, then moved there
         build(VOCAB_SIZE, "meta")
-    # as text that is the same in the next process; a function or a class by its name
+    # as text, the same in the next process (a set's is not: use a list); a function by its name
     return {name: str(getattr(here[name], "__qualname__", here[name])) for name in SETTINGS}
 
 
