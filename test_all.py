@@ -1374,6 +1374,11 @@ class TestRunFolder(RunCase):
         self.assertTrue(Path("out/metrics.csv").read_text("utf-8").startswith(good))
         seconds = [float(row["seconds"]) for row in self.rows()]
         self.assertEqual(seconds, sorted(seconds))
+        os.remove("out/model.pt")  # and nothing better is to come
+        saved = read_file("out/checkpoint.pt")
+        saved["run"]["valid_losses"][0] = 0.0
+        torch.save(saved, "out/checkpoint.pt")
+        self.assertIn("best model", self.train(MAX_STEPS=14, DATA_FILE="renamed.txt"))
 
     def test_what_starts_a_new_run(self):
         """Each of these alone; the old run is kept as it was, and the reason printed."""
