@@ -287,7 +287,6 @@ def can_be_cut(name: str) -> bool:
     return bool(CUT.search("." + name, 2))               # "." for whatever stands before it
 
 
-
 # `re` knows no \p{L}. So text and pattern are folded to an alphabet of 192 letters: \x00-\x9f, then
 # one for each category of the other characters, \xa0 for Lu. Only long s and the Kelvin sign stay
 # what they are: (?i:s) and (?i:k) match them.

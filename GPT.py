@@ -284,7 +284,7 @@ class GPT(nn.Module):
                     step_loss += loss.detach()
                 # clip, check
                 norm = nn.utils.clip_grad_norm_(trained, grad_clip)
-                step_loss, norm = torch.stack([step_loss, norm]).tolist()  # waits for it once
+                step_loss, norm = torch.stack([step_loss, norm]).tolist()  # one wait for a GPU
                 if not math.isfinite(step_loss + norm):  # a step would make every weight NaN
                     self.zero_grad()
                     raise FloatingPointError(
