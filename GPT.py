@@ -244,9 +244,8 @@ class GPT(nn.Module):
         total_steps = whole_number("num_epochs", num_epochs) * pass_steps
         if max_steps is not None:
             total_steps = whole_number("max_steps", max_steps)
-        if eval_every is None:
-            eval_every = pass_steps or total_steps
-        eval_every = whole_number("eval_every", eval_every)
+        default = pass_steps or total_steps
+        eval_every = whole_number("eval_every", default if eval_every is None else eval_every)
         if any(torch.finfo(p.dtype).bits < 32 for p in self.parameters() if p.requires_grad):
             raise ValueError("the weights are bf16 or fp16, too coarse for small steps: load the "
                              'model with dtype="fp32"; fit(dtype="bf16") computes in bf16')
@@ -288,9 +287,8 @@ class GPT(nn.Module):
                 if not math.isfinite(step_loss + norm):  # a step would make every weight NaN
                     self.zero_grad()
                     raise FloatingPointError(
-                        f"step {run['step'] + 1}: loss {step_loss}, gradient norm {norm}; the "
-                        f"weights are those of step {run['step']}. Lower the learning rate, "
-                        f"lengthen the warm-up, or check the data")
+                        f"step {run['step'] + 1}, not made: loss {step_loss}, gradient norm {norm};"
+                        f" lower the learning rate, lengthen the warm-up, or check the data")
                 # step
                 rate = rates[run["step"]]
                 for group, share in zip(optimizer.param_groups, shares, strict=True):
@@ -329,11 +327,29 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write weights, constructor arguments and notes to one file, whole or not at all. OSError
-        if it fails; ValueError, naming the key, for a note that couldn't be read back."""
-        write_file(path, {"sizes": self.sizes, "notes": self.notes, "weights": self.state_dict(),
-                          "code": code_of(self)})
+    def save(self, path: str | os.PathLike, **more) -> None:
+        """Write weights, constructor arguments, notes, and what a checkpoint has more, to one file.
+
+        Whole or not at all: the old file stays until the new one is safe on the disk and has been
+        read back. OSError if it fails; ValueError for a note that couldn't be read back.
+        """
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
+                            "weights": self.state_dict(), "code": code_of(self), **more}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            read_file(temporary, mmap=True)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; not saved", os.fspath(path)) from error
+        except Exception as error:  # whatever pickle or torch raises for a note it won't read
+            notes = {key: type(note).__name__ for key, note in self.notes.items()}
+            raise ValueError(f"{path}: not saved, it couldn't be read back; in notes, use Python's "
+                             f"own types, float(x) or str(path), and tensors: {notes}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu",
@@ -345,14 +361,9 @@ class GPT(nn.Module):
         damaged or of another model, FileNotFoundError if it isn't there. A line on stderr if the
         model's code was edited since.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}: pick one of {', '.join(DTYPES)}")
-        saved = read_file(path)
-        try:
-            with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
-                model = cls(**saved["sizes"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its constructor arguments are wrong: {error}") from None
+        dtype, saved = pick_dtype(torch.device(device), dtype), read_file(path)
+        with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
+            model = cls(**saved["sizes"])
         load_weights(path, saved, model)
         model.notes = saved["notes"]
         model.to(device=device, dtype=DTYPES[dtype]).eval()
@@ -479,8 +490,7 @@ def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
     loss, tokens = 0.0, 0
     gpus = [model.device] if model.device.type == "cuda" else []
     with in_mode(model.modules(), train=False), fork_rng(gpus):
-        for x, y in tqdm(valid_loader, desc="validate", leave=False,
-                         disable=None if process_rank()[0] == 0 else True):
+        for x, y in valid_loader:
             if y.numel():  # of a last, short batch a rank may get nothing
                 loss += model.loss(x, y, dtype).item()
                 tokens += y.numel()
@@ -492,15 +502,11 @@ def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
 
 
 def pick_device(device: str = "auto") -> str:
-    """"auto": the first available of cuda, mps, cpu. ValueError for a device that isn't."""
+    """"auto": the first available of cuda, mps, cpu. torch's own error for one that isn't there."""
     if device == "auto":
         return ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()  # "meta" holds no values
-    except Exception as error:  # torch raises many kinds
-        raise ValueError(f'device={device!r}: {str(error).splitlines()[0]}; pick "cpu", or "auto" '
-                         f"for the fastest that works here") from None
+    torch.zeros(1, device=device).item()
     return device
 
 
@@ -567,17 +573,12 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
                     run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
     rank, ranks = process_rank()
-    state = {"cpu": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(model.device)
-    states = [state] * ranks
+    states = [torch.get_rng_state()] * ranks
     if ranks > 1:
-        dist.all_gather_object(states, state)
+        dist.all_gather_object(states, states[rank])
     if rank == 0:
-        write_file(path, {"sizes": model.sizes, "notes": model.notes,
-                          "weights": model.state_dict(), "code": code_of(model),
-                          "optimizer": optimizer.state_dict(), "kind": kind_of(model, optimizer),
-                          "random_states": states, "run": run})
+        model.save(path, optimizer=optimizer.state_dict(), kind=kind_of(model, optimizer),
+                   rng_states=states, run=run)
     if ranks > 1:
         dist.barrier()  # no rank looks for the file before it exists
 
@@ -590,7 +591,7 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if not Path(path).exists():
         return
     saved, rank = read_file(path), process_rank()[0]
-    if "random_states" not in saved:
+    if "rng_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
     check_weights(path, saved, model)  # before the optimizer is touched
@@ -605,11 +606,8 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
             if isinstance(value, Tensor):
                 optimizer.state[trained[n]][key] = value.to(optimizer.state[trained[n]][key].device)
     run.update(saved["run"])
-    if rank < len(saved["random_states"]):  # else this rank is new
-        state = saved["random_states"][rank]
-        torch.set_rng_state(state["cpu"])
-        if model.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], model.device)
+    if rank < len(saved["rng_states"]):  # else this rank is new
+        torch.set_rng_state(saved["rng_states"][rank])
 
 
 def kind_of(model: GPT, optimizer: torch.optim.Optimizer) -> list:
@@ -621,16 +619,13 @@ def kind_of(model: GPT, optimizer: torch.optim.Optimizer) -> list:
 
 
 def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """ValueError, naming one, if the file's weights differ from the model's in name or shape. The
-    model may be on the meta device."""
-    found = {name: tuple(getattr(w, "shape", ())) for name, w in saved["weights"].items()}
-    needed = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    for name in found | needed:
-        f, n = found.get(name, "missing"), needed.get(name, "missing")
-        if f != n:
-            raise ValueError(f"{path}: its weights don't fit {type(model).__name__}("
-                             f"{model.sizes}): {name} is {f} in the file, {n} in the model. Build "
-                             f"the model that was saved, or use another file")
+    """ValueError, naming three, if the file's weights differ from the model's in name or shape."""
+    found, needed = ({(name, tuple(getattr(w, "shape", ()))) for name, w in weights.items()}
+                     for weights in (saved["weights"], model.state_dict()))
+    if found != needed:
+        raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): it "
+                         f"has {sorted(found - needed)[:3]}, the model {sorted(needed - found)[:3]}"
+                         f". Build the model that was saved, or use another file")
 
 
 def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
@@ -656,29 +651,8 @@ def source(file: str) -> bytes:
     return Path(file).read_bytes() if Path(file).is_file() else b""
 
 
-def write_file(path: str | os.PathLike, content: dict) -> None:
-    """Write a file whole or not at all: the old one stays until the new one is safe on the disk and
-    has been read back."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT} | content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        read_file(temporary, mmap=True)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; not saved", os.fspath(path)) from error
-    except Exception as error:  # whatever pickle or torch raises for a note it won't read
-        notes = {key: type(note).__name__ for key, note in content["notes"].items()}
-        raise ValueError(f"{path}: not saved, it couldn't be read back; in notes, use Python's own "
-                         f"types, float(x) or str(path), and tensors: {notes}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:
-    """Read what write_file wrote. No pickled code runs; the zip's CRC finds a flipped bit."""
+    """Read what save wrote. No pickled code runs; the zip's CRC finds a flipped bit."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; train a model first (python train.py)")
     try:

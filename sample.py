@@ -181,16 +181,12 @@ def draw_matrices(matrices: Tensor, path: Path, values: str, title: str, x: str,
 
 def save(figure, path: Path) -> None:
     """Write a matplotlib Figure as a PNG with nothing behind it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # fonts_for has named it
-        figure.savefig(path, dpi=150, transparent=True)
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # fonts_for has named it
+    figure.savefig(path, dpi=150, transparent=True)
     print(f"drawn: {path}")
 
 
 if __name__ == "__main__":
     with suppress(AttributeError):  # a terminal that can't show a character shows a "?"
         sys.stdout.reconfigure(errors="replace")
-    try:
-        main()
-    except BrokenPipeError:  # python sample.py | head: the reader is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

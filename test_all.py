@@ -658,7 +658,7 @@ class TestGPTFit(TrainedCase):
             self.assertSame(first, second)  # the weights after every step
             self.assertEqual(len(first), steps + 1)  # stopped at the same step, too
             self.assertEqual((losses, []), (same_losses, nothing))
-        for part in ("weights", "optimizer", "random_states"):
+        for part in ("weights", "optimizer", "rng_states"):
             self.assertSame(read_file("whole.pt")[part], read_file("part.pt")[part])
         _, two_losses, two_evals = runs[0][0]
         _, losses, evals = share_of_a_run(0, 1, None, 0.0)  # one process on the whole batches
@@ -734,7 +734,7 @@ class TestGPTCheckpoint(TrainedCase):
 
         whole = self.train("whole.pt")
         self.train("c.pt", stop_after=4)
-        torch.save(read_file("c.pt") | {"random_states": [], "code": "edited"}, "fewer.pt")
+        torch.save(read_file("c.pt") | {"rng_states": [], "code": "edited"}, "fewer.pt")
         self.assertEqual(self.train("fewer.pt").steps, 5)  # written by fewer ranks, other code
         model, now = GPT.load("c.pt"), [0.0]  # its weights are laid out otherwise in memory
         model.register_forward_pre_hook(  # half a second for each batch of a step
@@ -777,11 +777,11 @@ class TestGPTCheckpoint(TrainedCase):
                name, "(39,)") for name in ("surplus", "linear.bias")),
             (read_file("sgd.pt"), GPT, "fit", "SGD", "AdamW"), (saved, sgd, "fit", "SGD", "AdamW"),
             (read_file("sgd.pt"), other, "fit", "other groups"),  # the weights in another order
-            ({k: v for k, v in saved.items() if k != "random_states"}, GPT, "fit", "older"),
+            ({k: v for k, v in saved.items() if k != "rng_states"}, GPT, "fit", "older"),
             *((saved | {"sizes": saved["sizes"] | {name: value}}, GPT, "load", *words)
               for name, value, *words in (
                   ("vocab_size", 41, "41", "40"), ("num_layers", 3, "decoders.2"),
-                  ("num_heads", 4, "96", "48"), ("emb_size", -1, "emb_size=-1"), ("layers", 2))),
+                  ("num_heads", 4, "96", "48"))),
         ):
             torch.save(content, "bad.pt")
             model, before = tiny_gpt(cls), Path("bad.pt").read_bytes()
@@ -1147,7 +1147,7 @@ class TestTrain(RunCase):
         for event, file, times, resumes, steps in (
                 ("open", "valid.npy.tmp", 1, False, []),
                 ("os.rename", "checkpoint.pt", 2, False, [4, 8]),  # that of step 8
-                ("os.rename", "metrics.csv", 2, True, [4]),  # the first is written in resuming
+                ("open", "metrics.csv", 2, True, [4]),  # the first is written in resuming
                 ("os.rename", "model.pt", 1, True, [4, 8])):
             said = self.child(f"""
                 count = itertools.count(1)
@@ -1207,7 +1207,7 @@ class TestTrain(RunCase):
 
     @unittest.skipIf(sys.platform == "win32", "torchrun doesn't work with torch's Windows wheels")
     def test_two_ranks_are_about_one_process(self):
-        """One of the two is told to stop in step 6; they are started once more."""
+        """They are told to stop in step 6, and started once more."""
         look = """
             import atexit, weakref
             file, groups = open(f"{os.environ['RANK']}.txt", "w", 1), []
@@ -1215,7 +1215,7 @@ class TestTrain(RunCase):
             before_each_step(lambda *_: groups.append(weakref.ref(torch.distributed.group.WORLD)))
             atexit.register(lambda: print(groups[0](), file=file))
         """
-        stop = look + "    if os.environ['RANK'] == '1': in_step(6, 15)\n"
+        stop = look + "    in_step(6, 15)\n"
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
         self.train(OUT_DIR="one", DROPOUT=0.0)
         for before, code in ((stop, 1), (look, 0)):
@@ -1391,7 +1391,7 @@ class TestRunFolder(RunCase):
             DROPOUT=0.2, SPECIAL_TOKENS=("<|user|>",), BATCH_SIZE=3, ACCUMULATE=1,
             LEARNING_RATE=2e-2, WARMUP_STEPS=0, WEIGHT_DECAY=2.0, EVAL_TOKENS=99, DTYPE="bf16",
             SEED=2)
-        del old["random_states"]
+        del old["rng_states"]
         for n, (changes, reason, *before) in enumerate((
                 (dict(MAX_STEPS=4), "finished after 4"), (dict(MAX_STEPS=3), "finished after 4"),
                 (dict(DATA_FILE="more.txt"), "another text"),
@@ -1456,7 +1456,6 @@ class TestRunFolder(RunCase):
             self.assertFails(error, words, **changes)
         ids = np.full_like(np.load("out/train.npy"), 999)
         for name, spoil, words in (
-                ("tokenizer.json", other.save, "out.tokenizer"),
                 ("train.npy", lambda path: np.save(path, ids), "id 999"),
                 ("checkpoint.pt", lambda path: os.truncate(path, 5000), "checkpoint.pt.*damaged")):
             spoil(f"out/{name}")
@@ -1538,12 +1537,11 @@ class TestPlaces(RunCase):
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no broken pipe")
     def test_nobody_reads_on(self):
-        """python train.py | head -1 trains to the end; python sample.py | head -1 just ends."""
-        for name, constants in (("train", SMALL), ("sample", SAMPLE)):
-            reader, writer = os.pipe()
-            os.close(reader)
-            with open(writer, "w") as pipe:
-                self.run_script(name, pipe, **constants)
+        """python train.py | head -4 trains to the end."""
+        reader, writer = os.pipe()
+        with (contextlib.suppress(BrokenPipeError), open(writer, "w") as pipe,
+              in_step(6, lambda _: os.close(reader))):
+            self.run_script("train", pipe, **SMALL)
         self.assertEqual(self.steps(), [4, 8, 12])
 
     def test_importing_does_nothing(self):

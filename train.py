@@ -35,17 +35,7 @@ from tqdm import tqdm
 
 from BPE import BPE, can_be_cut, read_text
 from GetData import Batches, GetData
-from GPT import (
-    GPT,
-    check_number,
-    check_weights,
-    load_weights,
-    pick_device,
-    pick_dtype,
-    read_file,
-    schedule,
-    whole_number,
-)
+from GPT import GPT, check_number, pick_device, pick_dtype, read_file, schedule, whole_number
 
 # ---------- What makes a run: with another value, or a constant that you add here, a new one starts
 VOCAB_SIZE = 2048      # V: tokens the tokenizer learns; at least 257; more for more text
@@ -88,6 +78,8 @@ COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower 
 
 
 def main() -> None:
+    with suppress(AttributeError):  # a console that lacks a character shows a "?"
+        sys.stdout.reconfigure(errors="replace")
     with ExitStack() as locks:  # the lock of OUT_DIR, held until the run ends, however it ends
         run(locks)
 
@@ -118,7 +110,7 @@ def run(locks: ExitStack) -> None:
     torch.manual_seed(SEED)
     model = build(len(bpe), device)
     if INIT_FROM is not None and not rows:  # a run that resumes has its own weights
-        load_weights(INIT_FROM, read_file(INIT_FROM), model)
+        model.load_state_dict(read_file(INIT_FROM)["weights"])
     torch.manual_seed(SEED + rank)  # every process drops different activations
     model.notes = notes[0]
     if rank == 0:
@@ -149,14 +141,10 @@ def run(locks: ExitStack) -> None:
                   weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
-        came = [[] for _ in range(ranks)]
-        dist.all_gather_object(came, signals)  # one rank alone may have been told to stop
-        signals = sum(came, [])
         dist.destroy_process_group()
     if rank > 0:
         return
-    finished = bool(rows) and rows[-1]["step"] >= MAX_STEPS
-    if signals and not finished:
+    if signals and (not rows or rows[-1]["step"] < MAX_STEPS):
         say("stopped; to resume, start it again in the same way")
         sys.exit(128 + signals[0])
     report(out, rows)
@@ -173,8 +161,7 @@ def check_constants(ranks: int) -> dict[str, str]:
         whole_number(name, here[name])
     if BATCH_SIZE % ranks:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {ranks} processes: pick a multiple of that")
-    if whole_number("SEED", SEED, at_least=0) >= 1 << 63:
-        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
+    whole_number("SEED", SEED, at_least=0)
     check_number("WEIGHT_DECAY", WEIGHT_DECAY, zero=True)
     schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)
     BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
@@ -193,11 +180,7 @@ def find_text() -> list[Document]:
     """The files of DATA_FILE, or the topics of Python's own documentation: the last tenth of each
     is held out, from the beginning of a line. ValueError if a part is too short for a window."""
     if DATA_FILE is None:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise ValueError("this Python comes without pydoc_data.topics, the default text: set "
-                             "DATA_FILE to your own text file") from None
+        from pydoc_data.topics import topics  # a Python that has none needs a DATA_FILE
         texts = [topics[name].encode() for name in sorted(topics)]
     else:
         one = isinstance(DATA_FILE, (str, os.PathLike))
@@ -273,16 +256,13 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
         saved = read_file(out / "checkpoint.pt")
         was = saved["notes"].get("settings", {})
         changed = [name for name in was | settings if was.get(name) != settings.get(name)]
-        if "random_states" not in saved:
+        if "rng_states" not in saved:
             why = "from an older version"
         elif changed:
             why = ", ".join("another text" if name == "DATA_FILE" else
                             f"{name}: {was.get(name)} -> {settings.get(name)}" for name in changed)
         elif saved["run"]["step"] >= MAX_STEPS:
             why = f"finished after {saved['run']['step']} steps"
-        elif saved["notes"]["tokenizer_sha256"] != file_hash(out / "tokenizer.json"):
-            raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer of this run: put that "
-                             f"back, or rename the folder to start from scratch")
         else:
             say(f"resuming {OUT_DIR} after step {saved['run']['step']} of {MAX_STEPS}")
             write_metrics(out, saved["notes"]["metrics"])  # it may be ahead, edited or deleted
@@ -329,13 +309,15 @@ def first_tokenizer(out: Path) -> BPE:
         if file.is_relative_to(out):
             raise ValueError(f"INIT_FROM={INIT_FROM!r} is inside OUT_DIR={OUT_DIR!r}, whose run "
                              f"makes room for the new one: set OUT_DIR to another folder")
-        saved, tokenizer = read_file(file), file.with_name("tokenizer.json")
+        model, tokenizer = GPT.load(file), file.with_name("tokenizer.json")
         bpe = BPE.load(tokenizer)
-        if saved["notes"].get("tokenizer_sha256") != file_hash(tokenizer):
+        if model.notes.get("tokenizer_sha256") != file_hash(tokenizer):
             raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put "
                              f"the right one beside it")
-        with torch.device("meta"):
-            check_weights(file, saved, build(len(bpe), "meta"))
+        sizes = build(len(bpe), "cpu").sizes | {"dropout": model.sizes["dropout"]}
+        if model.sizes != sizes:
+            raise ValueError(f"INIT_FROM={INIT_FROM!r} has the sizes {model.sizes}, the constants "
+                             f"{sizes}: make them equal")
         say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
             f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
     for name in bpe.special_tokens:
@@ -365,11 +347,10 @@ def lock(out: Path, locks: ExitStack) -> None:
 
 
 def write_metrics(out: Path, rows: list[dict]) -> None:
-    with open(out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
+    with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(out / "metrics.csv.tmp", out / "metrics.csv")
 
 
 # ------------------------------------------------------------------ processes, memory, signals
@@ -433,15 +414,8 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
 
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody can read it, training continues."""
-    unread = (OSError, ValueError, AttributeError)  # a closed pipe or terminal, no console
-    try:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a notebook's may be None
-        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # "?" for what it lacks
-        sys.stdout.flush()
-    except unread:
-        with suppress(*unread):  # or what is left unwritten raises at the next flush, tqdm's too
-            number = sys.stdout.fileno()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    with suppress(OSError), tqdm.external_write_mode():  # OSError: a closed pipe or terminal
+        print(text, flush=True)
 
 
 def report(out: Path, rows: list[dict]) -> None:
