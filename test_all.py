@@ -1449,7 +1449,7 @@ class TestRunFolder(RunCase):
                 (ValueError, "MAX_SEQ_LEN", dict(DATA_FILE="short.txt")),
                 (ValueError, "byte 2.*latin.txt.*UTF-8", dict(DATA_FILE="latin.txt")),
                 (ValueError, "utf16.txt.*UTF-", dict(DATA_FILE="utf16.txt")),
-                (ValueError, "INIT_FROM.*OUT_DIR", dict(INIT_FROM="out/model.pt", SEED=2)),
+                (ValueError, "OUT_DIR.*INIT_FROM", dict(INIT_FROM="out/model.pt", SEED=2)),
                 (OSError, "nowhere.pt", dict(INIT_FROM="nowhere.pt")),
                 (ValueError, "emb", dict(INIT_FROM="unmarked/model.pt", EMB_SIZE=8)),
                 (ValueError, "wrong.tokenizer", dict(INIT_FROM="wrong/model.pt"))):

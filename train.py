@@ -269,12 +269,12 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
             return saved["notes"]
     elif (out / "model.pt").exists():
         why = "a model without its checkpoint.pt"
-    bpe = first_tokenizer(out)
+    bpe = first_tokenizer()
     if why:
-        files = [text for text, _, _ in documents if isinstance(text, Path)]
-        if any(path.is_relative_to(out) for path in (Path.cwd(), *files)):
-            raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}), which can't be "
-                             f"renamed, as the text or the current folder is in it: give a new one")
+        paths = [Path.cwd(), Path(INIT_FROM or ".").resolve(), *(text for text, _, _ in documents)]
+        if any(isinstance(path, Path) and path.is_relative_to(out) for path in paths):
+            raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}); give a new one: the "
+                             f"text, INIT_FROM or the current folder is in it, so it must stay")
         n = 1
         while os.path.lexists(old := out.with_name(f"{out.name}-{n}")):
             n += 1
@@ -298,22 +298,17 @@ def prepare(out: Path, documents: list[Document], bpe: BPE) -> None:
         bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
 
 
-def first_tokenizer(out: Path) -> BPE:
-    """The tokenizer that a new run begins with: empty, or that of INIT_FROM. ValueError if
-    INIT_FROM is inside OUT_DIR, or its sizes aren't those of the constants, or a special token may
-    be cut in two."""
+def first_tokenizer() -> BPE:
+    """The tokenizer that a new run begins with: empty, or that of INIT_FROM. ValueError if the
+    sizes of INIT_FROM aren't those of the constants, or a special token might be cut in two."""
     if INIT_FROM is None:
         bpe = BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
     else:
-        file = Path(INIT_FROM).resolve()
-        if file.is_relative_to(out):
-            raise ValueError(f"INIT_FROM={INIT_FROM!r} is inside OUT_DIR={OUT_DIR!r}, whose run "
-                             f"makes room for the new one: set OUT_DIR to another folder")
-        model, tokenizer = GPT.load(file), file.with_name("tokenizer.json")
+        model, tokenizer = GPT.load(INIT_FROM), Path(INIT_FROM).with_name("tokenizer.json")
         bpe = BPE.load(tokenizer)
         if model.notes.get("tokenizer_sha256") != file_hash(tokenizer):
-            raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put "
-                             f"the right one beside it")
+            raise ValueError(f"{tokenizer} is not the tokenizer that {INIT_FROM} was trained with: "
+                             f"put the right one beside it")
         sizes = build(len(bpe), "cpu").sizes | {"dropout": model.sizes["dropout"]}
         if model.sizes != sizes:
             raise ValueError(f"INIT_FROM={INIT_FROM!r} has the sizes {model.sizes}, the constants "
