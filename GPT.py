@@ -142,10 +142,9 @@ class GPT(nn.Module):
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Like generate, but yields each step's ids, (B,), as soon as they are ready. Arguments are
         checked at the first one."""
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.numel() == 0 or x.dtype != torch.int64:
-            got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"prompt {got}: give ids (B, T), int64, at least one row, one token")
-        check_ids(x, self.sizes["vocab_size"])
+        ids = check_ids(x, self.sizes["vocab_size"]).to(self.device)
+        if ids.dim() != 2:
+            raise ValueError(f"prompt of shape {tuple(x.shape)}: give ids (B, T), as by ids[None]")
         whole_number("max_new_tokens", max_new_tokens, at_least=0)
         for name, value, least in (("top_k", top_k, 1), ("stop_token", stop_token, 0)):
             if value is not None:
@@ -154,7 +153,7 @@ class GPT(nn.Module):
         if top_p is not None and check_number("top_p", top_p) > 1:
             raise ValueError(f"top_p={top_p!r}: pick a probability above 0 and up to 1, or None")
 
-        ids, max_seq_len, modules = x.to(self.device), self.sizes["max_seq_len"], [*self.modules()]
+        max_seq_len, modules = self.sizes["max_seq_len"], [*self.modules()]
         finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         cache = self.new_cache(len(ids)) if use_cache and ids.shape[1] <= max_seq_len else None
         for _ in range(max_new_tokens):

@@ -200,8 +200,9 @@ class TestBadInput(Case):
             (HeadAttention(8, 4, 8), (torch.zeros(1, 9, 8),), "9", "max_seq_len", "8"),
             (model, (torch.zeros(1, 13).long(),), "13", "max_seq_len", "12"),
             (model, (ids[0],), "(2,)", "(B, T)"),
-            *((model.generate, (x, 1, True), "prompt")
-              for x in (ids[0], ids[:, :0], ids[:0], ids.float(), [[1, 2]])),
+            *((model.generate, (x, 1, True), word) for x, word in (
+                (ids[0], "prompt"), (ids[:, :0], "(1, 0)"), (ids[:0], "(0, 2)"),
+                (ids.float(), "float32"))),
             *((model.generate, (torch.tensor([[bad] + 12 * [1]]), 1, True), f"id {bad}", "0 to 39")
               for bad in (40, -1)),  # though the window doesn't show it
             *((nan.generate, (ids, 1, do_sample), "finite") for do_sample in (True, False)),
