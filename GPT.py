@@ -17,6 +17,7 @@ D head_size, V vocab_size.
 """
 
 import hashlib
+import linecache
 import math
 import os
 import sys
@@ -24,9 +25,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from numbers import Integral, Real
+from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -102,7 +104,7 @@ class GPT(nn.Module):
         """
         if x.dim() != 2:
             raise ValueError(f"ids of shape {tuple(x.shape)}: give (B, T); for one row, ids[None]")
-        start = max(layer.length for layer in cache) if cache else 0  # some block may ignore it
+        start = max(layer.length for layer in cache) if cache else 0  # an edit may ignore one
         h = self.token_embeddings(x) + self.positional_embeddings(x.shape[1], start)
         h = self.dropout(h)
         for n, decoder in enumerate(self.decoders):
@@ -234,17 +236,14 @@ class GPT(nn.Module):
         accumulate = whole_number("accumulate", accumulate)
         grad_clip = check_number("grad_clip", grad_clip, infinite=True)
         weight_decay = check_number("weight_decay", weight_decay, zero=True)
-        try:
-            pass_steps = -(-len(train_loader) // accumulate)
-        except TypeError:  # a generator; a DataLoader of a stream, though it has a __len__
-            pass_steps = 0
+        pass_steps = -(-length_hint(train_loader) // accumulate)  # 0 if it has no length
         if max_steps is None and not pass_steps:
             raise ValueError("max_steps=None: set it, the train_loader has no length or no batch")
         total_steps = whole_number("num_epochs", num_epochs) * pass_steps
         if max_steps is not None:
             total_steps = whole_number("max_steps", max_steps)
-        default = pass_steps or total_steps
-        eval_every = whole_number("eval_every", default if eval_every is None else eval_every)
+        one_pass = pass_steps or total_steps
+        eval_every = whole_number("eval_every", one_pass if eval_every is None else eval_every)
         if any(torch.finfo(p.dtype).bits < 32 for p in self.parameters() if p.requires_grad):
             raise ValueError("the weights are bf16 or fp16, too coarse for small steps: load the "
                              'model with dtype="fp32"; fit(dtype="bf16") computes in bf16')
@@ -259,13 +258,12 @@ class GPT(nn.Module):
             load_checkpoint(checkpoint, self, optimizer, run)
         net = torch.compile(self) if compile else self
         if ranks > 1:  # its backward averages the gradients over the ranks
-            net = nn.parallel.DistributedDataParallel(
-                net, device_ids=[self.device] if self.device.type == "cuda" else None)
+            net = nn.parallel.DistributedDataParallel(net)
         stream = endless(train_loader, first=run["step"] * accumulate)
         (stop,) = sum_over_ranks(self.device, self.stop_training)
         losses, clock, tokens_before = [], time.perf_counter(), run["tokens"]
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
-                   disable=None if rank == 0 else True)  # None: only on a terminal
+                   disable=None if rank == 0 and sys.stderr else True)  # None: on a terminal only
         self.zero_grad()  # whatever an interrupted step, say, left there
         for p in trained:  # GPT.load lays weights out for generation
             p.data = p.data.contiguous()
@@ -306,8 +304,7 @@ class GPT(nn.Module):
                     continue
                 loss_sum, steps = sum_over_ranks(self.device, sum(losses), len(losses))
                 train_loss, valid_loss = loss_sum / steps, evaluate(self, valid_loader, dtype)
-                best = valid_loss < min(filter(math.isfinite, run["valid_losses"]),
-                                        default=math.inf)
+                best = valid_loss < min([math.inf, *run["valid_losses"]])  # NaN is never below
                 run["train_losses"].append(train_loss)
                 run["valid_losses"].append(valid_loss)
                 try:
@@ -341,9 +338,10 @@ class GPT(nn.Module):
                 os.fsync(file.fileno())
             read_file(temporary, mmap=True)
             os.replace(temporary, path)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; not saved", os.fspath(path)) from error
-        except Exception as error:  # whatever pickle or torch raises for a note it won't read
+        except Exception as error:
+            disk = error if isinstance(error, OSError) else error.__context__  # torch may hide it
+            if isinstance(disk, OSError):
+                raise OSError(disk.errno, f"{disk.strerror}; not saved", os.fspath(path)) from error
             notes = {key: type(note).__name__ for key, note in self.notes.items()}
             raise ValueError(f"{path}: not saved, it couldn't be read back; in notes, use Python's "
                              f"own types, float(x) or str(path), and tensors: {notes}") from error
@@ -363,7 +361,8 @@ class GPT(nn.Module):
         dtype, saved = pick_dtype(torch.device(device), dtype), read_file(path)
         with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
             model = cls(**saved["sizes"])
-        load_weights(path, saved, model)
+        check_fits(path, saved, model)
+        model.load_state_dict(saved["weights"])
         model.notes = saved["notes"]
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         if model.device.type == "cpu" and torch.backends.mkl.is_available():  # an x86 processor
@@ -392,7 +391,6 @@ def one_row(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- sampling: logits -> ids
-
 
 def next_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
                generator: torch.Generator | None = None) -> Tensor:
@@ -440,7 +438,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 # ---------------------------------------------------------------------- training: what fit calls
 
-
 def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Linear warm-up, then a cosine from the peak to 10 % of it (GPT-1, section 4.1, went to 0),
     where it stays.
@@ -487,8 +484,7 @@ def endless(loader: Iterable, first: int) -> Iterator[tuple[Tensor, Tensor]]:
 def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
     """The mean loss over all batches of all ranks, nats per token. Modes and random state stay."""
     loss, tokens = 0.0, 0
-    gpus = [model.device] if model.device.type == "cuda" else []
-    with in_mode(model.modules(), train=False), fork_rng(gpus):
+    with in_mode(model.modules(), train=False), fork_rng(devices=[]):
         for x, y in valid_loader:
             if y.numel():  # of a last, short batch a rank may get nothing
                 loss += model.loss(x, y, dtype).item()
@@ -567,7 +563,6 @@ def check_number(name: str, value: float, zero: bool = False, infinite: bool = F
 
 # ---------------------------------------------------------------------- checkpoints and files
 
-
 def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
                     run: dict) -> None:
     """Write everything needed to resume. All ranks call it, rank 0 writes."""
@@ -578,8 +573,6 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if rank == 0:
         model.save(path, optimizer=optimizer.state_dict(), kind=kind_of(model, optimizer),
                    rng_states=states, run=run)
-    if ranks > 1:
-        dist.barrier()  # no rank looks for the file before it exists
 
 
 def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer,
@@ -593,17 +586,9 @@ def load_checkpoint(path: str | os.PathLike, model: GPT, optimizer: torch.optim.
     if "rng_states" not in saved:
         raise ValueError(f"{path}: holds only a model, or is from an older version, so it can't be "
                          f"resumed; give the checkpoint another name")
-    check_weights(path, saved, model)  # before the optimizer is touched
-    if saved["kind"] != (kind := kind_of(model, optimizer)):
-        raise ValueError(f"{path}: its optimizer is {saved['kind'][0]}, not {kind[0]}, or has "
-                         f"other groups of weights: give the checkpoint another name")
+    check_fits(path, saved, model, optimizer)  # before anything is changed
     optimizer.load_state_dict(saved["optimizer"])
-    load_weights(path, saved, model)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for n, state in saved["optimizer"]["state"].items():  # torch has cast it to the weights' type
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                optimizer.state[trained[n]][key] = value.to(optimizer.state[trained[n]][key].device)
+    model.load_state_dict(saved["weights"])
     run.update(saved["run"])
     if rank < len(saved["rng_states"]):  # else this rank is new
         torch.set_rng_state(saved["rng_states"][rank])
@@ -617,37 +602,32 @@ def kind_of(model: GPT, optimizer: torch.optim.Optimizer) -> list:
     return [type(optimizer).__name__, *groups]
 
 
-def check_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """ValueError, naming three, if the file's weights differ from the model's in name or shape."""
+def check_fits(path: str | os.PathLike, saved: dict, model: GPT,
+               optimizer: torch.optim.Optimizer | None = None) -> None:
+    """ValueError, saying what differs, if the file's weights or optimizer don't fit. A line on
+    stderr if the model's code was edited since."""
     found, needed = ({(name, tuple(getattr(w, "shape", ()))) for name, w in weights.items()}
                      for weights in (saved["weights"], model.state_dict()))
     if found != needed:
         raise ValueError(f"{path}: its weights don't fit {type(model).__name__}({model.sizes}): it "
                          f"has {sorted(found - needed)[:3]}, the model {sorted(needed - found)[:3]}"
-                         f". Build the model that was saved, or use another file")
-
-
-def load_weights(path: str | os.PathLike, saved: dict, model: GPT) -> None:
-    """Copy the file's weights into the model, once check_weights has passed them. A line on stderr
-    if the model's code was edited since."""
-    check_weights(path, saved, model)
-    model.load_state_dict(saved["weights"])
+                         f". Build the model that was saved, or train from scratch elsewhere")
+    if optimizer is not None and saved["kind"] != (kind := kind_of(model, optimizer)):
+        raise ValueError(f"{path}: its optimizer is {saved['kind'][0]}, not {kind[0]}, or has "
+                         f"other groups of weights: give the checkpoint another name")
     code = code_of(model)
     if saved.get("code", code) != code and process_rank()[0] == 0:
         print(f"{path}: the model's code was edited since this file was written", file=sys.stderr)
 
 
 def code_of(model: nn.Module) -> str:
-    """A hash of the source files that define the model's classes, torch's own left out."""
+    """A hash of the source files that define the model's classes, torch's own left out. linecache
+    keeps a file as it was when it was read first: the code that runs, though edited meanwhile."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in classes
              if cls.__module__.partition(".")[0] not in ("torch", "builtins")}
-    return hashlib.sha256(b"".join(sorted(map(source, filter(None, files))))).hexdigest()
-
-
-@cache  # read once in a process: the code that runs, even if its file is edited meanwhile
-def source(file: str) -> bytes:
-    return Path(file).read_bytes() if Path(file).is_file() else b""
+    code = sorted("".join(linecache.getlines(file)) for file in files if file)
+    return hashlib.sha256("".join(code).encode()).hexdigest()
 
 
 def read_file(path: str | os.PathLike, mmap: bool = False) -> dict:

@@ -57,18 +57,18 @@ def main() -> None:
     bpe = BPE.load(out / "tokenizer.json")
     end = next(iter(bpe.special_tokens.values()), None)  # what divides documents
     generator = None if SEED is None else torch.Generator(device).manual_seed(SEED)
-    start = bpe.encode(PROMPT or "\n", allow_special=True)
+    prompt = bpe.encode(PROMPT or "\n", allow_special=True)
     rows, ended = [[] for _ in range(samples)], [False] * samples  # the new tokens of each sample
-    prompt = PROMPT.lstrip("\n")  # as it is shown
+    shown = PROMPT.lstrip("\n")  # as it is shown
     whole_characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds back partial ones
     started = time.perf_counter()
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the text
-        print(prompt, end="", flush=True)
-        for ids in model.stream(torch.tensor([start] * samples), MAX_NEW_TOKENS, True, TEMPERATURE,
+        print(shown, end="", flush=True)
+        for ids in model.stream(torch.tensor([prompt] * samples), MAX_NEW_TOKENS, True, TEMPERATURE,
                                 TOP_K, TOP_P, generator=generator):  # (B,)
             for n, token in enumerate(ids.tolist()):
                 if token == end:
-                    ended[n] = bool(rows[n])  # an end before any text is none
+                    ended[n] = bool(rows[n])  # it ends a sample that has text
                 elif not ended[n]:
                     rows[n].append(token)
                     if n == 0:
@@ -78,15 +78,14 @@ def main() -> None:
                 break
     print(whole_characters.decode(b"", final=True))
     for row in rows[1:]:
-        print("-" * 80 + "\n" + prompt + bpe.decode(row))
+        print("-" * 80 + "\n" + shown + bpe.decode(row))
     made = sum(map(len, rows))
     print(f"\n[{made} tokens, {made / (time.perf_counter() - started):,.0f} tokens/s]")
     if PICTURES:
-        draw(model, bpe, start if prompt else start + rows[0], out)
+        draw(model, bpe, prompt if shown else prompt + rows[0], out)
 
 
 # ------------------------------------------------------------------ pictures
-
 
 def draw(model: GPT, bpe: BPE, ids: list[int], out: Path) -> None:
     """Draw the tokens, the layer with the sharpest attention to them, and the positions."""
@@ -131,58 +130,53 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_tokens(labels: list[str], fonts: list[str], path: Path) -> None:
-    """Draw tokens as a row of pale boxes with nothing behind them: readable on any page."""
+    """Draw tokens as a row of pale boxes."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # which, unlike pyplot, needs no display
 
     widths = [sum(1 + (east_asian_width(c) in "WF") for c in label) for label in labels]
     ends = list(accumulate(widths))
-    figure = Figure(figsize=(max(1, ends[-1] / 8), 0.5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(max(1, ends[-1] / 8), 0.5), layout="constrained").subplots()
     for n, (label, width, end) in enumerate(zip(labels, widths, ends, strict=True)):
         axes.barh(0, -width, left=end, color=colormaps["Pastel1"](n % 9), edgecolor="gray")
         axes.text(end - width / 2, 0, label, ha="center", va="center", family=fonts,
                   parse_math=False)
     axes.set_xlim(0, ends[-1])
     axes.axis("off")
-    save(figure, path)
+    save(axes.figure, path)
 
 
 def draw_matrices(matrices: Tensor, path: Path, values: str, title: str, x: str, y: str,
                   labels: list[str] | None = None, fonts: list[str] | None = None) -> None:
     """Draw matrices (N, T, T) side by side: with labels, of attention heads, values 0 … 1; without,
     of cosines, -1 … 1."""
-    from matplotlib import colors, rc_context
     from matplotlib.figure import Figure
 
-    # Transparent, with grey text and no colour at 0: readable on a white and on a dark page.
-    ends = ["#80808000", "#2f81f7ff"] if labels else ["#d73a49ff", "#80808000", "#2f81f7ff"]
-    colours = colors.LinearSegmentedColormap.from_list("", ends)
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     columns = min(len(matrices), 3)
     rows, side = -(-len(matrices) // columns), max(2.3, 0.16 * len(labels)) if labels else 4.5
-    with rc_context(dict.fromkeys(names, "#808080") | {"font.size": 11, "text.parse_math": False}):
-        figure = Figure(figsize=(columns * side + 1.4, rows * side + 1.2), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(matrices) :]:
-            axes.set_axis_off()
-        for n, (axes, matrix) in enumerate(zip(grid.flat, matrices, strict=False), 1):
-            image = axes.imshow(matrix.tolist(), cmap=colours, vmin=0 if labels else -1, vmax=1)
-            if labels:
-                axes.set_title(f"head {n}")
-                axes.set_xticks(range(len(labels)), labels, rotation=90, family=fonts)
-                axes.set_yticks(range(len(labels)), labels, family=fonts)
-        figure.suptitle(title)
-        figure.supxlabel(x)
-        figure.supylabel(y)
-        figure.colorbar(image, ax=grid, label=values, shrink=0.6, aspect=40)
-        save(figure, path)
+    figure = Figure(figsize=(columns * side + 1.4, rows * side + 1.2), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(matrices) :]:
+        axes.set_axis_off()
+    colours, least = ("Blues", 0) if labels else ("RdBu", -1)
+    for n, (axes, matrix) in enumerate(zip(grid.flat, matrices, strict=False), 1):
+        image = axes.imshow(matrix.tolist(), cmap=colours, vmin=least, vmax=1)
+        if labels:
+            axes.set_title(f"head {n}")
+            style = {"family": fonts, "parse_math": False}
+            axes.set_xticks(range(len(labels)), labels, rotation=90, **style)
+            axes.set_yticks(range(len(labels)), labels, **style)
+    figure.suptitle(title)
+    figure.supxlabel(x)
+    figure.supylabel(y)
+    figure.colorbar(image, ax=grid, label=values, shrink=0.6, aspect=40)
+    save(figure, path)
 
 
 def save(figure, path: Path) -> None:
-    """Write a matplotlib Figure as a PNG with nothing behind it."""
+    """Write a matplotlib Figure as a PNG, on white: readable on a dark page, too."""
     warnings.filterwarnings("ignore", "Glyph .* missing")  # fonts_for has named it
-    figure.savefig(path, dpi=150, transparent=True)
+    figure.savefig(path, dpi=150)
     print(f"drawn: {path}")
 
 

@@ -22,10 +22,9 @@ from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 
-# torch's Linux builds bring libgomp, whose threads spin while they wait for each other: beside
-# other programs that burns the time. With 10,000 turns in place of 300,000, on two cores, a step
-# takes 46 ms instead of 91 beside two busy programs, 84 instead of 226 beside four, and alone 23
-# instead of 22. Does nothing once torch is imported (in a notebook, say) or on other systems.
+# The threads of torch's Linux builds spin while they wait for each other, 300,000 turns. With only
+# 10,000, a step takes 84 ms instead of 226 beside four busy programs on two cores, and 23 instead
+# of 22 alone. Does nothing once torch is imported (in a notebook, say) or on other systems.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -44,8 +43,7 @@ EMB_SIZE = 192         # E: width of the model; more learns more and costs E² t
 NUM_HEADS = 6          # H: attention heads in a layer
 HEAD_SIZE = 32         # D: width of a head; H·D is usually E
 NUM_LAYERS = 3         # decoder blocks, one after another
-DROPOUT = 0.0          # share of activations dropped in training, against memorising the text; here
-                       # WEIGHT_DECAY does that better, and a step takes a sixth less time
+DROPOUT = 0.0          # share of activations dropped in training; here WEIGHT_DECAY does better
 SPECIAL_TOKENS = ("<|endoftext|>",)  # texts that are one token wherever they are written; the first
                        # divides documents; add marks of your own, such as "<|user|>"
 INIT_FROM = None       # fine-tuning: a model.pt to begin with, its tokenizer.json beside it
@@ -53,14 +51,11 @@ INIT_FROM = None       # fine-tuning: a model.pt to begin with, its tokenizer.js
 BATCH_SIZE = 8         # windows of T tokens in a batch, over all processes
 ACCUMULATE = 1         # batches in a step; raise it, and lower BATCH_SIZE, when memory runs out
 LEARNING_RATE = 2e-3   # the peak; lower it for deeper models (1e-3 for 12 layers)
-WARMUP_STEPS = 120     # steps up to the peak (a very short run uses half of its steps); with too
-                       # few, or at too high a rate, a deep post-norm model learns only how frequent
-                       # each token is
-WEIGHT_DECAY = 0.3     # pull of the weight matrices towards 0; 0.1 for a text that is read once or
-                       # twice. The default text is read five times: 1.659 bits per byte with 0.3,
-                       # 1.665 with 0.1, 1.678 with 1.0 (means of three seeds)
-EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread; 5 % of the time
-                       # with the values here
+WARMUP_STEPS = 120     # steps up to the peak, at most half of all; with too few, or at too high a
+                       # rate, a deep post-norm model learns only how frequent each token is
+WEIGHT_DECAY = 0.3     # pull of the weight matrices towards 0; 0.1 for a text read once or twice
+                       # (this one, read five times: 1.659 bits per byte with 0.3, 1.665 with 0.1)
+EVAL_TOKENS = 16_000   # held-out tokens that a validation reads, evenly spread
 DTYPE = "auto"         # "fp32" or "bf16"; "auto": bf16 where the hardware computes in it natively
 SEED = 1337            # of initial weights, dropout and the order of the windows
 SETTINGS = [name for name in takewhile(lambda name: name != "SETTINGS", globals())  # all above
@@ -72,13 +67,12 @@ OUT_DIR = "out"        # the run's folder: tokenizer, model, checkpoint, metrics
 MAX_STEPS = 1200       # steps of training; raise it and run again to train longer
 EVAL_EVERY = 200       # steps between validations; a power cut loses at most this many
 DEVICE = "auto"        # "cuda", "mps", "cpu", …; "auto": the first of these that is available
-COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower (by a third in bf16,
-                       # E 384, 6 layers, T 256), and its first step takes half a minute
+COMPILE = False        # True: torch.compile, for a GPU; on a CPU it was slower, by a third in bf16
 # ------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    with suppress(AttributeError):  # a console that lacks a character shows a "?"
+    with suppress(AttributeError, ValueError):  # a console that lacks a character shows a "?"
         sys.stdout.reconfigure(errors="replace")
     with ExitStack() as locks:  # the lock of OUT_DIR, held until the run ends, however it ends
         run(locks)
@@ -91,10 +85,11 @@ def run(locks: ExitStack) -> None:
     settings = check_constants(ranks)
     documents = find_text()
     out = Path(OUT_DIR).resolve()
-    notes = [open_run(out, documents, settings, locks) if rank == 0 else None]
+    box = [open_run(out, documents, settings, locks) if rank == 0 else None]
     if ranks > 1:
-        dist.broadcast_object_list(notes)  # rank 0 decides for all
-    rows = notes[0]["metrics"]  # kept in the checkpoint, so that the two always agree
+        dist.broadcast_object_list(box)  # rank 0 decides for all
+    (notes,) = box
+    rows = notes["metrics"]  # those of metrics.csv; as a note they travel in each checkpoint, too
     seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
 
     bpe = BPE.load(out / "tokenizer.json")
@@ -105,14 +100,14 @@ def run(locks: ExitStack) -> None:
                     rank, ranks)
     valid = Batches(GetData(valid_ids, MAX_SEQ_LEN, stride=stride), BATCH_SIZE, None, rank, ranks)
     valid_bytes = sum(size - split for _, split, size in documents)
-    bits_per_byte = len(valid_ids) / valid_bytes / math.log(2)  # if the loss is 1 nat per token
+    bits_per_nat = len(valid_ids) / valid_bytes / math.log(2)  # bits per byte, nats per token
 
     torch.manual_seed(SEED)
     model = build(len(bpe), device)
-    if INIT_FROM is not None and not rows:  # a run that resumes has its own weights
+    if INIT_FROM is not None and not rows:  # fit loads those of a run that resumes
         model.load_state_dict(read_file(INIT_FROM)["weights"])
     torch.manual_seed(SEED + rank)  # every process drops different activations
-    model.notes = notes[0]
+    model.notes = notes
     if rank == 0:
         passes = MAX_STEPS * BATCH_SIZE * ACCUMULATE * MAX_SEQ_LEN / len(train_ids)
         say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {dtype}"
@@ -120,7 +115,7 @@ def run(locks: ExitStack) -> None:
             f"out; {MAX_STEPS:,} steps: {passes:,.1f} passes over the text")
 
     def on_eval(metrics: dict) -> None:
-        bits = metrics["valid_loss"] * bits_per_byte
+        bits = metrics["valid_loss"] * bits_per_nat
         rows.append({
             "step": metrics["step"], "tokens": metrics["tokens"],
             "seconds": f"{seconds_before + time.perf_counter() - started:.1f}",
@@ -128,9 +123,12 @@ def run(locks: ExitStack) -> None:
             "valid_loss": f"{metrics['valid_loss']:.4f}", "valid_bits_per_byte": f"{bits:.4f}",
             "learning_rate": f"{metrics['learning_rate']:.3g}",
             "tokens_per_second": f"{metrics['tokens_per_second']:.0f}"})
-        write_metrics(out, rows)
         if metrics["best"] or not (out / "model.pt").exists():
             model.save(out / "model.pt")
+        with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer.writeheader()
+            writer.writerows(rows)  # all of them: the file may be ahead, edited or deleted
         say(f"step {metrics['step']} of {MAX_STEPS}: training {metrics['train_loss']:.4f}, "
             f"validation {metrics['valid_loss']:.4f} nats per token, {bits:.4f} bits per byte, "
             f"{metrics['tokens_per_second']:,.0f} tokens/s")
@@ -141,6 +139,9 @@ def run(locks: ExitStack) -> None:
                   weight_decay=WEIGHT_DECAY, accumulate=ACCUMULATE, eval_every=EVAL_EVERY,
                   dtype=dtype, compile=COMPILE, checkpoint=out / "checkpoint.pt", on_eval=on_eval)
     if ranks > 1:
+        came = [[] for _ in range(ranks)]
+        dist.all_gather_object(came, signals)  # one rank alone may have been told to stop
+        signals = sum(came, [])
         dist.destroy_process_group()
     if rank > 0:
         return
@@ -161,7 +162,8 @@ def check_constants(ranks: int) -> dict[str, str]:
         whole_number(name, here[name])
     if BATCH_SIZE % ranks:
         raise ValueError(f"BATCH_SIZE={BATCH_SIZE} on {ranks} processes: pick a multiple of that")
-    whole_number("SEED", SEED, at_least=0)
+    if whole_number("SEED", SEED, at_least=0) >= 1 << 63:
+        raise ValueError(f"SEED={SEED}: pick a whole number below 2**63")
     check_number("WEIGHT_DECAY", WEIGHT_DECAY, zero=True)
     schedule(LEARNING_RATE, WARMUP_STEPS, MAX_STEPS)
     BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
@@ -194,7 +196,7 @@ def find_text() -> list[Document]:
             size = file.seek(0, os.SEEK_END)
             point = file.seek(size * 9 // 10)
             rest = file.read(1 << 16)
-        newline = rest.find(b"\n", 0, (size - point) // 2)  # further on, too little would be left
+        newline = rest.find(b"\n", 0, (size - point) // 2)  # at most half of it is given up
         if newline >= 0:
             split = point + newline + 1
         else:  # the next character: in UTF-8 all its bytes but the first are 10xxxxxx
@@ -236,7 +238,6 @@ def sha256_of(documents: list[Document]) -> str:
 
 # ------------------------------------------------------------------ the run's folder
 
-
 def open_run(out: Path, documents: list[Document], settings: dict[str, str],
              locks: ExitStack) -> dict:
     """Get OUT_DIR ready for this run; returns the notes that travel in its files.
@@ -263,18 +264,20 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
                             f"{name}: {was.get(name)} -> {settings.get(name)}" for name in changed)
         elif saved["run"]["step"] >= MAX_STEPS:
             why = f"finished after {saved['run']['step']} steps"
+        elif saved["notes"]["tokenizer_sha256"] != file_hash(out / "tokenizer.json"):
+            raise ValueError(f"{out / 'tokenizer.json'} is not the tokenizer of this run: put that "
+                             f"back, or rename the folder to start from scratch")
         else:
             say(f"resuming {OUT_DIR} after step {saved['run']['step']} of {MAX_STEPS}")
-            write_metrics(out, saved["notes"]["metrics"])  # it may be ahead, edited or deleted
             return saved["notes"]
     elif (out / "model.pt").exists():
         why = "a model without its checkpoint.pt"
-    bpe = first_tokenizer()
+    bpe = new_tokenizer(out)  # it may refuse INIT_FROM, so before anything is moved
     if why:
-        paths = [Path.cwd(), Path(INIT_FROM or ".").resolve(), *(text for text, _, _ in documents)]
-        if any(isinstance(path, Path) and path.is_relative_to(out) for path in paths):
+        files = [text for text, _, _ in documents if isinstance(text, Path)]
+        if any(path.is_relative_to(out) for path in (Path.cwd(), *files)):
             raise ValueError(f"OUT_DIR={OUT_DIR!r} holds another run ({why}); give a new one: the "
-                             f"text, INIT_FROM or the current folder is in it, so it must stay")
+                             f"text or the current folder is in it, so it must stay")
         n = 1
         while os.path.lexists(old := out.with_name(f"{out.name}-{n}")):
             n += 1
@@ -282,13 +285,6 @@ def open_run(out: Path, documents: list[Document], settings: dict[str, str],
         say(f"{OUT_DIR} held another run ({why}): it is kept as {old}; a new one starts")
         out.mkdir()
         lock(out, locks)
-    prepare(out, documents, bpe)
-    return {"settings": settings, "metrics": [],
-            "tokenizer_sha256": file_hash(out / "tokenizer.json")}
-
-
-def prepare(out: Path, documents: list[Document], bpe: BPE) -> None:
-    """Write the tokenizer and the ids of both parts."""
     end = next(iter(bpe.special_tokens), "")
     if INIT_FROM is None:
         say(f"tokenizer: {VOCAB_SIZE} tokens, learned from the text")
@@ -296,25 +292,32 @@ def prepare(out: Path, documents: list[Document], bpe: BPE) -> None:
     bpe.save(out / "tokenizer.json")
     for held_out, name in ((False, "train.npy"), (True, "valid.npy")):
         bpe.encode_file(part(documents, held_out, end), out / name, allow_special=True)
+    tokenizer = file_hash(out / "tokenizer.json")
+    return {"settings": settings, "metrics": [], "tokenizer_sha256": tokenizer}
 
 
-def first_tokenizer() -> BPE:
-    """The tokenizer that a new run begins with: empty, or that of INIT_FROM. ValueError if the
-    sizes of INIT_FROM aren't those of the constants, or a special token might be cut in two."""
+def new_tokenizer(out: Path) -> BPE:
+    """The tokenizer that a new run begins with: empty, or that of INIT_FROM. ValueError if
+    INIT_FROM is inside OUT_DIR, or its sizes aren't those of the constants, or a special token
+    might be cut in two."""
     if INIT_FROM is None:
         bpe = BPE(VOCAB_SIZE, special_tokens=SPECIAL_TOKENS)
     else:
-        model, tokenizer = GPT.load(INIT_FROM), Path(INIT_FROM).with_name("tokenizer.json")
-        bpe = BPE.load(tokenizer)
+        file = Path(INIT_FROM).resolve()
+        tokenizer = file.with_name("tokenizer.json")
+        if file.is_relative_to(out):
+            raise ValueError(f"INIT_FROM={INIT_FROM!r} is inside OUT_DIR={OUT_DIR!r}, whose run "
+                             f"makes room for the new one: set OUT_DIR to another folder")
+        model, bpe = GPT.load(file), BPE.load(tokenizer)
         if model.notes.get("tokenizer_sha256") != file_hash(tokenizer):
-            raise ValueError(f"{tokenizer} is not the tokenizer that {INIT_FROM} was trained with: "
-                             f"put the right one beside it")
+            raise ValueError(f"{tokenizer} is not the tokenizer that {file} was trained with: put "
+                             f"the right one beside it")
         sizes = build(len(bpe), "cpu").sizes | {"dropout": model.sizes["dropout"]}
         if model.sizes != sizes:
             raise ValueError(f"INIT_FROM={INIT_FROM!r} has the sizes {model.sizes}, the constants "
                              f"{sizes}: make them equal")
         say(f"beginning with the weights of {INIT_FROM} and its tokenizer of {len(bpe)} tokens, "
-            f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS don't count")
+            f"special: {', '.join(bpe.special_tokens)}; VOCAB_SIZE and SPECIAL_TOKENS aren't used")
     for name in bpe.special_tokens:
         if len(name) == 1 or can_be_cut(name):
             raise ValueError(f"special token {name!r} is a letter, or might be cut where a text is "
@@ -341,15 +344,8 @@ def lock(out: Path, locks: ExitStack) -> None:
         say(f"{OUT_DIR} can't be locked here ({error}): don't start a second training there")
 
 
-def write_metrics(out: Path, rows: list[dict]) -> None:
-    with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-        writer.writeheader()
-        writer.writerows(rows)
-
 
 # ------------------------------------------------------------------ processes, memory, signals
-
 
 def start_group() -> tuple[torch.device, int, int]:
     """This process's device, its rank and how many there are: 0 and 1 if torchrun didn't start it.
@@ -383,7 +379,7 @@ def keep_memory() -> None:
 def stop_on_signal(model: GPT) -> Iterator[list[int]]:
     """Ctrl-C, SIGTERM or a closed terminal (SIGHUP) ends the training after the current step, a
     second one at once; what is ignored (SIGHUP under nohup) stays so. Yields those that came."""
-    came, before = [], {}
+    came = []
 
     def stop(number: int, frame: object) -> None:
         came.append(number)
@@ -392,29 +388,25 @@ def stop_on_signal(model: GPT) -> Iterator[list[int]]:
         with suppress(OSError):  # print may be in use right now
             os.write(2, b"\nstopping after this step; press again to stop at once\n")
 
-    if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: C code's
-                before[number] = signal.signal(number, stop)
-    try:
+    with ExitStack() as restore:  # puts each old handler back in the end
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: C's
+                    restore.callback(signal.signal, number, signal.signal(number, stop))
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------ output
 
-
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody can read it, training continues."""
-    with suppress(OSError), tqdm.external_write_mode():  # OSError: a closed pipe or terminal
+    with suppress(OSError, ValueError), tqdm.external_write_mode():  # a closed pipe or terminal
         print(text, flush=True)
 
 
 def report(out: Path, rows: list[dict]) -> None:
-    """Print the best result of the run, a sample, where everything lies, and the next command."""
+    """Draw the losses; print a sample, the best result, where the model lies, the next command."""
     model, bpe = GPT.load(out / "model.pt"), BPE.load(out / "tokenizer.json")
     best = model.notes["metrics"][-1]  # the row of the step at which it was saved
     try:
@@ -424,17 +416,15 @@ def report(out: Path, rows: list[dict]) -> None:
     start = torch.tensor([bpe.encode("\n")])
     ids = model.generate(start, 200, True, 0.8, 50,
                          generator=torch.Generator().manual_seed(int(SEED)))[0, start.shape[1]:]
-    bits, speed = best["valid_bits_per_byte"], int(rows[-1]["tokens_per_second"])
+    bits, steps, seconds = best["valid_bits_per_byte"], rows[-1]["step"], rows[-1]["seconds"]
     where = "" if OUT_DIR == "out" else f", with OUT_DIR = {str(OUT_DIR)!r} in it"
     say(f"""a sample of {len(ids)} tokens:
 
 {bpe.decode(ids.tolist())}
 
 best validation loss  {best["valid_loss"]} nats per token, {bits} bits per byte
-                      at step {best["step"]} of {rows[-1]["step"]}, {best["tokens"]:,} tokens
-time                  {rows[-1]["seconds"]} s, {speed:,} tokens/s at the end
+                      at step {best["step"]} of {steps}, after {seconds} s in all
 best model            {Path(OUT_DIR, "model.pt")}
-all metrics           {Path(OUT_DIR, "metrics.csv")}
 next                  python sample.py{where}""")
 
 
@@ -442,18 +432,15 @@ def draw_losses(path: Path, rows: list[dict], best: dict) -> None:
     """Draw both losses over tokens."""
     from matplotlib.figure import Figure  # unlike pyplot, it has no global state
 
-    tokens = [row["tokens"] for row in rows]
-    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(tokens, [float(row["train_loss"]) for row in rows], label="training")
-    axes.plot(tokens, [float(row["valid_loss"]) for row in rows], label="held-out text")
+    axes = Figure(figsize=(8.3, 4.2), layout="constrained").subplots()
+    for name, label in (("train_loss", "training"), ("valid_loss", "held-out text")):
+        axes.plot([row["tokens"] for row in rows], [float(row[name]) for row in rows], label=label)
     axes.plot(best["tokens"], float(best["valid_loss"]), "o", color="C1",
               label=f"best: {float(best['valid_loss']):.3f}")
     axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)  # on white, so readable on a dark page, too
+    axes.figure.savefig(path, dpi=150)  # on white, so readable on a dark page, too
 
 
 if __name__ == "__main__":
