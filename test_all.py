@@ -749,8 +749,8 @@ class TestGPTCheckpoint(TrainedCase):
         compiled.assert_called_once()
         with self.assertSays(OSError, "no network"):
             self.train("logged.pt", on_eval=fails)
-        for steps in (5, 0):  # the second has nothing to do: it clears up
-            Path("logged.pt.tmp").write_bytes(b"left by a killed save")
+        Path("logged.pt.tmp").write_bytes(b"left by a killed save")  # the next save clears it up
+        for steps in (5, 0):
             again = self.train("logged.pt")
             self.assertEqual((again.steps, again.losses), (steps, whole.losses))
             self.assertFalse(Path("logged.pt.tmp").exists())
