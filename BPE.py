@@ -6,8 +6,7 @@ new token, again and again. To encode is to make the same merges in the same ord
 the bytes, merge i makes id 256 + i, special tokens come last; a loaded file keeps its own ids.
 
 Stop reading after any part: 1. the idea (textbook code: complete, exact and slow); 2. the engine
-(the same merges in all words at once, on arrays); 3. the split (text -> words); 4. the tokenizer
-(fit, encode, decode, save, load); 5. large texts (files and worker processes).
+(the same merges in all words at once); 3. the split; 4. the tokenizer; 5. files and processes.
 
 Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w. Ids
 equal those of tiktoken, tokenizers and rustbpe for every character that the running Python's
@@ -21,7 +20,6 @@ import codecs
 import contextlib
 import heapq
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -32,6 +30,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice, pairwise, starmap
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 
@@ -116,25 +115,16 @@ class Words:
         return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
     def join(self, places: np.ndarray, new: int | np.ndarray) -> None:
-        """Merges the pairs that begin at these places; no two overlap. Other pairs begin then at
-        these places and at those before them."""
+        """Merges the pairs that begin at these places; no two overlap."""
         gone = self.next[places]
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
         self.next[places], self.previous[after] = after, places
 
-    def results(self, dtype: np.dtype) -> list[bytes]:
-        """Each word's ids, as the bytes of an array."""
-        ids = self.id[self.id != GONE]
-        borders = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
-        raw = ids.astype(dtype).tobytes()
-        return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
-
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """continues[i]: item i is in the same run as item i - 1. Returns, for each item, the number of
-    the item that starts its run, and whether it is the run's first, third ...: of aaaaa, the pairs
-    to merge."""
+    """continues[i]: item i is in the same run as item i - 1. Returns where each item's run starts,
+    and whether it is the run's first, third ...: of aaaaa, the pairs to merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -149,7 +139,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     the later of its two ids, at all its places, which are noted then. Later merges only take places
     away. Hence a count on the heap is never too low: a pair that leaves it with all its places is
     the most frequent one; any other is counted again and put back."""
-    # (N,), how often the word at each place occurs: the borders up to a place count the words
+    # (N,), how often the word at each place occurs: the borders up to there count the words
     weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
@@ -179,9 +169,9 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
         if left == right:                                # in aaa two of them overlap
             before = words.pairs(words.previous[places])
             places = places[run_starts(before == pair)[1]]
-        words.join(places, new)
-        before = words.previous.take(places)             # one that is new itself stands in places
-        note(np.concatenate((before[words.id.take(before) != new], places)))
+        words.join(places, new)                          # other pairs begin there now, and before
+        before = words.previous.take(places)
+        note(np.concatenate((before[words.id.take(before) != new], places)))     # each once
         new += 1
 
 
@@ -236,8 +226,9 @@ class Merges:
         i = np.searchsorted(self.pair, pair)
         return np.where(self.pair[i] == pair, self.rank[i], self.none)
 
-    def apply(self, words: Words) -> None:
-        """textbook_encode for all words: makes all merges, as if one by one."""
+    def apply(self, texts: Iterable[str], dtype: np.dtype) -> list[bytes]:
+        """textbook_encode for many words: the ids of each, as the bytes of an array."""
+        words = Words(texts, self.byte_ids)
         # (N,), the rank of the pair that begins at each place
         rank = self.look_up(words.pairs(np.arange(len(words.id))))
         while (lowest := rank.min()) < self.none:
@@ -253,6 +244,10 @@ class Merges:
             rank[gone] = self.none
             changed = np.concatenate((words.previous[places], places))
             rank[changed] = self.look_up(words.pairs(changed))
+        ids = words.id[words.id != GONE]
+        borders = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
+        raw = ids.astype(dtype).tobytes()
+        return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -434,15 +429,13 @@ class BPE:
         for piece in pieces:
             words += self._split(piece) if isinstance(piece, str) else [piece]
         if new := set(words).difference(known):
-            found = {word: [self._whole[word]] for word in new & self._whole.keys()}
-            new.difference_update(found)
+            ids = {word: [self._whole[word]] for word in new & self._whole.keys()}
+            new.difference_update(ids)
             if few := merges.limit is None or sum(map(len, new)) < FEW:
-                found |= {word: merges.apply_to_one(word) for word in new}
-            found = {word: np.array(ids, self._dtype).tobytes() for word, ids in found.items()}
+                ids |= {word: merges.apply_to_one(word) for word in new}
+            found = {word: np.array(ids[word], self._dtype).tobytes() for word in ids}
             if not few:
-                merging = Words(new, merges.byte_ids)
-                merges.apply(merging)
-                found |= zip(new, merging.results(self._dtype), strict=True)
+                found |= zip(new, merges.apply(new, self._dtype), strict=True)
             known |= found                               # at once: an interrupt leaves no half word
             self._room -= sum(map(len, new)) + 128 * len(found)
             if self._room < 0:
@@ -506,12 +499,10 @@ class BPE:
         >>> print(BPE(258).fit("low lower lowest").show("low lower"))
         low|·|low|e|r
         """
-        def visible(c: str) -> str:
-            return "·" if c == " " else c if c.isprintable() else ascii(c)[1:-1]
-
         ids = self.encode(text) if isinstance(text, str) else text
-        tokens = (self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
-        return "|".join("".join(map(visible, token)) for token in tokens)
+        shown = "|".join(self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
+        shown = shown.replace(" ", "·")
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
@@ -691,10 +682,9 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores or 1, 8)                         # more than one process can't feed
     with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
-        if workers > 1 and not (multiprocessing.parent_process() or getattr(sys, "frozen", False)):
+        if workers > 1 and not (parent_process() or getattr(sys, "frozen", False)):
             from concurrent.futures import ProcessPoolExecutor
-            spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,))
 
     def submit(batch: list):
         """A new process would import what `__main__` says, the caller's script: so an empty
@@ -725,7 +715,7 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
 
 def _begin(work: Callable[[list], object]) -> None:
     """The start of a worker. Ctrl-C is the caller's business, and the caller's end is its own."""
-    _do.work, caller = work, multiprocessing.parent_process()
+    _do.work, caller = work, parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: caller.join() or os._exit(1), daemon=True).start()
 
