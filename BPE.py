@@ -354,7 +354,7 @@ class BPE:
     vocab_size: how many tokens at most, special ones included (at least 256 + len(special_tokens)).
     pattern: what a word is, written as published, with \\p{L}, \\p{N}, \\s, (?i:...).
     special_tokens: names such as "<|endoftext|>", never learned, made from text only when asked.
-    Words end where a text of an iterable ends (an open file is an iterable of lines: read_text).
+    Words end where a text of an iterable ends (an open file gives lines; read_text cuts no word).
     ValueError for a vocab_size or a pattern that won't do, for names empty or given twice; for a
     text that is no str, has half a character or isn't UTF-8."""
 
@@ -387,8 +387,8 @@ class BPE:
         vars(self).update(
             merges=[*merges.rank_of], special_tokens=special, _merges=merges, _dtype=dtype,
             _token=token | {i: name.encode() for name, i in special.items()},
-            _names=re.compile(f"({names})" if names else "(?!)"),        # nowhere
-            _whole=whole | {i: i for i in special.values()},     # what has an id of its own
+            _names=re.compile(f"({names})" if names else "(?!)"),        # (?!) is nowhere
+            _whole=whole | {i: i for i in special.values()},     # what becomes one id in any case
             _known={}, _room=MEMORY)                             # words -> the bytes of their ids
 
     def __len__(self) -> int:

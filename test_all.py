@@ -2044,6 +2044,7 @@ class TestBPE(Case):
             ("e\u0301ﬁ", [*"éﬁ".encode()], ({"type": "NFC"}, "normalizer")),
             ("e\u0301ﬁ", [*"éfi".encode()], (forms("NFKC"), "normalizer")),
             ("e\u0301ﬁ", [*"e\u0301ﬁ".encode()], (forms(), "normalizer")),
+            ("HI's", [*b"HI's"], (level | {"use_regex": True}, "pre_tokenizer")),  # of GPT-2
             *(("HI", [*b"HI"], (steps(split | way, level), "pre_tokenizer"))
               for way in ({}, {"behavior": "Removed", "invert": True})),
             *(("slow", [115, 257], (after, "post_processor")) for after in (  # encode adds none
