@@ -139,8 +139,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     the later of its two ids, at all its places, which are noted then. Later merges only take places
     away. Hence a count on the heap is never too low: a pair that leaves it with all its places is
     the most frequent one; any other is counted again and put back."""
-    # (N,), how often the word at each place occurs: the borders up to there count the words
-    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
+    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]       # (N,), of the word
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
@@ -229,8 +228,7 @@ class Merges:
     def apply(self, texts: Iterable[str], dtype: np.dtype) -> list[bytes]:
         """textbook_encode for many words: the ids of each, as the bytes of an array."""
         words = Words(texts, self.byte_ids)
-        # (N,), the rank of the pair that begins at each place
-        rank = self.look_up(words.pairs(np.arange(len(words.id))))
+        rank = self.look_up(words.pairs(np.arange(len(words.id))))   # (N,), of each place's pair
         while (lowest := rank.min()) < self.none:
             places = np.flatnonzero(rank < self.limit[lowest])
             here, after = rank[places], rank[words.next[places]]
@@ -446,10 +444,9 @@ class BPE:
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
         """Writes the ids of a UTF-8 text file, or of an iterable of texts, to a .npy file (1-D;
         uint16 if len(self) <= 65536, else uint32) and returns how many there are. Memory is bounded
-        if the pattern is one of KNOWN; the file takes its place only when it is complete."""
+        if the pattern is one of KNOWN (and no special token can_be_cut); no half file is left."""
         if isinstance(source, (str, os.PathLike)):
-            names = self.special_tokens if allow_special else ()
-            bounded = self._split.known and not any(map(can_be_cut, names))
+            bounded = self._split.known and not any(map(can_be_cut, self.special_tokens))
             source = read_text(source) if bounded else ["".join(read_text(source))]
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
@@ -512,17 +509,14 @@ class BPE:
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             raise ValueError(f"{[*self.special_tokens]}: a special token looks like another token")
-        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
-                 "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": False}
+        off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        way = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated", invert=False)
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         data = {
-            "version": "1.0", "added_tokens": [{"id": i, "content": text, **off, "special": True}
-                                               for text, i in self.special_tokens.items()],
+            "version": "1.0", "post_processor": None, "decoder": level,
+            "added_tokens": [dict(id=i, content=n, **off) for n, i in self.special_tokens.items()],
             "normalizer": self._split.normal and {"type": self._split.normal},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": None, "decoder": level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [way, level]},
             "model": {"type": "BPE", "ignore_merges": len(self._whole) > len(self.special_tokens),
                       "vocab": {name[i]: i for i in sorted(name)},
                       "merges": [[name[left], name[right]] for left, right in self.merges]}}
