@@ -1876,7 +1876,8 @@ class TestBPE(Case):
             *(("special_tokens", BPE, 300, GPT2_PATTERN, n) for n in (["", "a"], ["a", "a"], [1])),
             *(("pattern", BPE, 300, pattern) for pattern in (
                 r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,",
-                r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[!-\p{L}]")),
+                r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[!-\p{L}]",
+                r"[\p{L}\[]", r"\p{L}\]")),
             ("pattern", lambda: BPE(300, r"a*(?=\s)|\S").encode("a b")),  # "" before " "
             *((says, BPE, 300, pattern) for says, pattern in (
                 (r"\p{Han}: ", r"a|\p{Han}+"), ("é: ", "aé"), ("[a&&b]: ", "b[a&&b]"))),
