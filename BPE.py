@@ -385,7 +385,7 @@ class BPE:
         vars(self).update(
             merges=[*merges.rank_of], special_tokens=special, _merges=merges, _dtype=dtype,
             _token=token | {i: name.encode() for name, i in special.items()},
-            _names=re.compile(f"({names})" if names else "(?!)"),        # (?!) is nowhere
+            _names=re.compile(f"({names})") if names else None,
             _whole=whole | {i: i for i in special.values()},     # what becomes one id in any case
             _known={}, _room=MEMORY)                             # words -> the bytes of their ids
 
@@ -460,11 +460,11 @@ class BPE:
     def _batches(self, texts: str | Iterable[str], special: bool) -> Iterator[list[str | int]]:
         """Yields texts, cut where no word crosses, in lists of about BATCH characters. special: the
         special tokens in a text become ids."""
-        batch, size = [], 0
+        batch, size, names = [], 0, self._names if special else None
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise ValueError(f"{_kind(text)} among the texts: give one str at a time")
-            for n, part in enumerate(self._names.split(text) if special else [text]):
+            for n, part in enumerate(names.split(text) if names else [text]):
                 whole = n % 2 or not self._split.known   # every second part is a special token
                 for piece in [part] if whole else cut([part]):
                     batch.append(self.special_tokens[part] if n % 2 else piece)
