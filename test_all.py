@@ -1968,7 +1968,7 @@ class TestBPE(Case):
         theirs, ours = library("tokenizers").Tokenizer.from_file(str(path)), BPE.load(path)
         theirs.save("theirs.json")
         again, names = BPE.load("theirs.json"), [*ours.special_tokens]
-        self.assertEqual(len(again), theirs.get_vocab_size())
+        self.assertEqual(len(again), max(theirs.get_vocab().values()) + 1)  # ids may be left out
         texts = [*NASTY, *EDGES, f"a {names[0]}b{names[-1]}e\u0301", "never made\nжж", "a" * 700,
                  *(random_text(random, 99, EDGES + PARTS) for _ in range(40))]
         for text in (*texts, joined := "".join(texts)):
