@@ -6,8 +6,7 @@ new token, again and again. To encode is to make the same merges in the same ord
 the bytes, merge i makes id 256 + i, special tokens come last; a loaded file keeps its own ids.
 
 Stop reading after any part: 1. the idea (textbook code: complete, exact and slow); 2. the engine
-(the same merges in all words at once, on arrays); 3. the split (text -> words); 4. the tokenizer
-(fit, encode, decode, save, load); 5. large texts (files and worker processes).
+(the same merges in all words at once); 3. the split; 4. the tokenizer; 5. files and processes.
 
 Left out: dropout, tokens that aren't bytes, several splits one after another, \\p{Han} and \\w. Ids
 equal those of tiktoken, tokenizers and rustbpe for every character that the running Python's
@@ -19,10 +18,8 @@ equal those of tiktoken, tokenizers and rustbpe for every character that the run
 """
 import codecs
 import contextlib
-import gc
 import heapq
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -33,6 +30,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice, pairwise, starmap
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 
@@ -100,8 +98,9 @@ class Words:
         lo merged     |  lo   .   w   |  lo   .   w   e   r   |       next[1] = 3, previous[3] = 1
 
     >>> words = Words(["low", "lower"], range(256))
-    >>> words.join(np.array([1, 5]), 256)                # lo -> 256; here other pairs begin now:
-    array([0, 1, 4, 5])
+    >>> words.join(np.array([1, 5]), 256)                # all lo
+    >>> words.id
+    array([ -1, 256,  -2, 119,  -1, 256,  -2, 119, 101, 114,  -1])
     """
 
     def __init__(self, words: Iterable[str], byte_ids: Iterable[int]):
@@ -115,34 +114,17 @@ class Words:
         """The pairs that begin here, each as one number, left << 32 | right; negative: no pair."""
         return self.id.take(places) << 32 | self.id.take(self.next.take(places))
 
-    def join(self, places: np.ndarray, new: int | np.ndarray) -> np.ndarray:
-        """Merges the pairs that begin at these places; no two overlap. Returns, sorted, where
-        another pair begins now: these places and those before them."""
+    def join(self, places: np.ndarray, new: int | np.ndarray) -> None:
+        """Merges the pairs that begin at these places; no two overlap."""
         gone = self.next[places]
         after = self.next[gone]
         self.id[places], self.id[gone] = new, GONE
         self.next[places], self.previous[after] = after, places
-        changed = np.concatenate((self.previous.take(places), places))
-        changed.sort()
-        return changed[first_of_equals(changed)]
-
-    def results(self, dtype: np.dtype) -> list[bytes]:
-        """Each word's ids, as the bytes of an array."""
-        ids = self.id[self.id != GONE]
-        borders = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
-        raw = ids.astype(dtype).tobytes()
-        return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
-
-
-def first_of_equals(items: np.ndarray) -> np.ndarray:
-    """Where, in a sorted array, each new value begins."""
-    return np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
 
 
 def run_starts(continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """continues[i]: item i is in the same run as item i - 1. Returns, for each item, the number of
-    the item that starts its run, and whether it is the run's first, third ...: of aaaaa, the pairs
-    to merge."""
+    """continues[i]: item i is in the same run as item i - 1. Returns where each item's run starts,
+    and whether it is the run's first, third ...: of aaaaa, the pairs to merge."""
     i = np.arange(len(continues))
     start = np.maximum.accumulate(np.where(continues, 0, i))
     return start, (i - start) % 2 == 0
@@ -157,8 +139,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     the later of its two ids, at all its places, which are noted then. Later merges only take places
     away. Hence a count on the heap is never too low: a pair that leaves it with all its places is
     the most frequent one; any other is counted again and put back."""
-    # (N,), how often the word at each place occurs: the borders up to a place count the words
-    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]
+    weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]       # (N,), of the word
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
     def note(places: np.ndarray) -> None:
@@ -166,7 +147,7 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
         pairs = words.pairs(places)
         order = pairs.argsort(kind="stable")
         pairs, places = pairs.take(order), places.take(order)
-        starts = first_of_equals(pairs)
+        starts = np.concatenate(([0], (pairs[1:] != pairs[:-1]).nonzero()[0] + 1))
         pairs, sums = pairs.take(starts), np.add.reduceat(weight.take(places), starts)
         groups = pairwise([*starts.tolist(), None])      # where each begins and ends
         for pair, count, (i, j) in zip(pairs.tolist(), sums.tolist(), groups, strict=True):
@@ -187,7 +168,9 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
         if left == right:                                # in aaa two of them overlap
             before = words.pairs(words.previous[places])
             places = places[run_starts(before == pair)[1]]
-        note(words.join(places, new))
+        words.join(places, new)                          # other pairs begin there now, and before
+        before = words.previous.take(places)
+        note(np.concatenate((before[words.id.take(before) != new], places)))     # each once
         new += 1
 
 
@@ -207,11 +190,12 @@ class Merges:
     def __init__(self, merges: list[Pair], made: list[int], byte_ids: Iterable[int]):
         self.made, self.byte_ids, self.none = np.array(made, np.int64), byte_ids, len(merges)
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
-        pair = np.array([left << 32 | right for left, right in merges] + [np.iinfo(np.int64).max])
+        ids = np.fromiter(chain.from_iterable(merges), np.int64).reshape(-1, 2)
+        pair = np.append(ids[:, 0] << 32 | ids[:, 1], np.iinfo(np.int64).max)
         self.rank = pair.argsort().astype(np.int32)      # of the sorted pairs; the last is no merge
         self.pair = pair[self.rank]
-        # the first rank that uses each id: reversed, so that it is the last to be written
-        first_use = {i: rank for rank in reversed(range(self.none)) for i in merges[rank]}
+        users, first = np.unique(ids, return_index=True)
+        first_use = dict(zip(users.tolist(), (first // 2).tolist(), strict=True))    # of each id
         used = np.array([first_use.get(i, self.none) for i in made], np.int32)
         in_order = (used > np.arange(self.none)).all()
         self.limit = np.minimum.accumulate(used[::-1])[::-1] if in_order else None
@@ -241,10 +225,10 @@ class Merges:
         i = np.searchsorted(self.pair, pair)
         return np.where(self.pair[i] == pair, self.rank[i], self.none)
 
-    def apply(self, words: Words) -> None:
-        """textbook_encode for all words: makes all merges, as if one by one."""
-        # (N,), the rank of the pair that begins at each place
-        rank = self.look_up(words.pairs(np.arange(len(words.id))))
+    def apply(self, texts: Iterable[str], dtype: np.dtype) -> list[bytes]:
+        """textbook_encode for many words: the ids of each, as the bytes of an array."""
+        words = Words(texts, self.byte_ids)
+        rank = self.look_up(words.pairs(np.arange(len(words.id))))   # (N,), of each place's pair
         while (lowest := rank.min()) < self.none:
             places = np.flatnonzero(rank < self.limit[lowest])
             here, after = rank[places], rank[words.next[places]]
@@ -254,9 +238,14 @@ class Merges:
             start, odd = run_starts(before == here)
             places = places[(before > here)[start] & odd & (here <= after)]
             gone = words.next[places]
-            changed = words.join(places, self.made[rank[places]])
+            words.join(places, self.made[rank[places]])
             rank[gone] = self.none
+            changed = np.concatenate((words.previous[places], places))
             rank[changed] = self.look_up(words.pairs(changed))
+        ids = words.id[words.id != GONE]
+        borders = (np.flatnonzero(ids == BORDER) * dtype.itemsize).tolist()
+        raw = ids.astype(dtype).tobytes()
+        return [raw[i + dtype.itemsize:j] for i, j in pairwise(borders)]
 
 
 # --- 3. the split: text -> words ------------------------------------------------------------------
@@ -292,32 +281,27 @@ def can_be_cut(name: str) -> bool:
 # what they are: (?i:s) and (?i:k) match them.
 CATEGORIES = ("Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po "
               "Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn").split()
-CATEGORY_OF = {c: unicodedata.category(c) for c in (*map(chr, range(160)), "\u017f", "\u212a")}
+KEPT = [*range(160), ord("\u017f"), ord("\u212a")]
+CATEGORY_OF = {chr(c): unicodedata.category(chr(c)) for c in KEPT}
 CATEGORY_OF |= {chr(160 + i): category for i, category in enumerate(CATEGORIES)}
 SPACE = {c for c, kind in CATEGORY_OF.items() if kind[0] == "Z" or c in "\t\n\v\f\r\x85"}
-FOLD = np.full(sys.maxunicode + 1, 255, np.uint8)        # 255: its category hasn't been asked yet
-FOLD[:160] = range(160)
-FOLD[[0x17F, 0x212A]] = 254, 253
+FOLD = np.full(sys.maxunicode + 1, 255, "<u2")           # 255: its category hasn't been asked yet
+FOLD[KEPT] = KEPT
 
 # What a pattern may have: what the ones above need, which all engines read alike.
 CLASS = r"\\[pP]\{\w+\}|\\[sS]"
-LETTER = r"""(?:\\[rntf.*+?|^$(){}[\]&~/-]|[\w !"#%',/:;<=>@`])"""
-SET = rf"\[\^?(?:{CLASS}|{LETTER}(?:-{LETTER})?|[.*+?$()])+\]"
-ITEM = (rf"{SET}|{CLASS}|{LETTER}|\(\?i:(?:['|a-zA-Z]|\[[a-zA-Z]+\])+\)|\(\?[:>]|\(\?!(?=\\S\))"
-        r"|[)|.]|[*+?][+?]?|\{\d+(?:,\d+)?\}(?![+?])")
+LETTER = r"""\\[rntf.*+?|^$(){}&~/-]|[\w !"#%',/:;<=>@`]"""
+ITEM = (rf"\[\^?(?:{CLASS}|\w-\w|{LETTER}|[.*+?$()])+\]|{CLASS}|{LETTER}|\(\?[:>]|\(\?!(?=\\S\))"
+        r"|\(\?i:(?:['|a-zA-Z]|\[[a-zA-Z]+\])+\)|[)|.]|[*+?][+?]?|\{\d+(?:,\d+)?\}(?![+?])")
 
 
-def translate(item: re.Match) -> str:
-    """One item of a pattern, with \\p{L}, \\P{L}, \\s, \\S as sets of folded letters."""
-    def members(name: re.Match) -> str:
-        kind = name[0][3:-1]
-        found = {c for c in CATEGORY_OF if CATEGORY_OF[c].startswith(kind)} if kind else SPACE
-        if not found:
-            raise ValueError(f"{name[0]}: give a general category of Unicode, such as L, Lu or N")
-        return re.escape("".join(found if name[0][1] in "ps" else CATEGORY_OF.keys() - found))
-
-    text = re.sub(CLASS, members, item[0])
-    return f"[{text}]" if re.fullmatch(CLASS, item[0]) else text
+def members(name: re.Match) -> str:
+    """\\p{L}, \\P{L}, \\s or \\S -> the folded letters in it, as they stand in a set."""
+    kind = name[0][3:-1]
+    found = {c for c in CATEGORY_OF if CATEGORY_OF[c].startswith(kind)} if kind else SPACE
+    if not found:
+        raise ValueError(f"{name[0]}: give a general category of Unicode, such as L, Lu or N")
+    return re.escape("".join(found if name[0][1] in "ps" else CATEGORY_OF.keys() - found))
 
 
 class Splitter:
@@ -329,7 +313,8 @@ class Splitter:
         try:
             if rest := pattern[re.match(f"(?a:{ITEM})*", pattern).end():]:
                 raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions")
-            text = re.sub(f"(?a:{ITEM})", translate, pattern)
+            sets = re.sub(rf"({CLASS})(?![^[]*\])", r"[\1]", pattern)   # each class inside a set
+            text = re.sub(CLASS, members, sets)
             if re.match(text, ""):
                 raise ValueError("it matches the empty text")
             # What a pattern leaves out becomes a word of its own: no text gets lost.
@@ -351,8 +336,7 @@ class Splitter:
                              "'surrogatepass').decode('utf-16', 'replace')") from None
         for c in np.unique(code[FOLD[code] == 255]).tolist():
             FOLD[c] = 160 + CATEGORIES.index(unicodedata.category(chr(c)))
-        folded = FOLD[code].tobytes().decode("latin-1")
-        words = self.find_all(folded.replace("\xfe", "\u017f").replace("\xfd", "\u212a"))
+        words = self.find_all(FOLD[code].tobytes().decode("utf-16-le"))
         return [text[i:j] for i, j in pairwise(accumulate(map(len, words), initial=0))]
 
 
@@ -368,7 +352,9 @@ class BPE:
     vocab_size: how many tokens at most, special ones included (at least 256 + len(special_tokens)).
     pattern: what a word is, written as published, with \\p{L}, \\p{N}, \\s, (?i:...).
     special_tokens: names such as "<|endoftext|>", never learned, made from text only when asked.
-    ValueError for a vocab_size or a pattern that won't do, for names empty or given twice."""
+    Words end where a text of an iterable ends (an open file gives lines; read_text cuts no word).
+    ValueError for a vocab_size or a pattern that won't do, for names empty or given twice; for a
+    text that is no str, has half a character or isn't UTF-8."""
 
     def __init__(self, vocab_size: int, pattern: str = GPT2_PATTERN,
                  special_tokens: Iterable[str] = ()):
@@ -383,40 +369,37 @@ class BPE:
 
     def _learned(self, merges: list[Pair], names: Iterable[str]) -> None:
         """The ids that the header names: bytes, merges, special tokens."""
-        token = [bytes([b]) for b in range(256)]
-        for left, right in merges:
-            token.append(token[left] + token[right])
+        token = {b: bytes([b]) for b in range(256)}
+        for new, (left, right) in enumerate(merges, 256):
+            token[new] = token[left] + token[right]
         special = {name: i for i, name in enumerate(names, len(token))}
-        self._set(merges, range(256, len(token)), range(256), dict(enumerate(token)), special)
+        self._set(Merges(merges, [*token][256:], range(256)), token, special)
 
-    def _set(self, merges: list[Pair], made: Iterable[int], byte_ids: Iterable[int],
-             token: dict[int, bytes], special: dict[str, int], ignore_merges: bool = False) -> None:
-        """made: the ids that the merges make. token: the bytes of each id. ignore_merges: a word
-        that is a token becomes that token. Everything is replaced at once: an interrupt leaves the
-        old tokenizer or the new one."""
+    def _set(self, merges: "Merges", token: dict[int, bytes], special: dict[str, int],
+             ignore_merges: bool = False) -> None:
+        """token: the bytes of each id. ignore_merges: a word that is a token becomes that token.
+        All is replaced at once: an interrupt leaves the old tokenizer or the new one."""
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         dtype = np.dtype(np.uint16 if max(*token, *special.values()) < 65536 else np.uint32)
-        whole = {word.decode("utf-8", "surrogateescape"): i.to_bytes(dtype.itemsize, sys.byteorder)
-                 for i, word in token.items() if ignore_merges}
+        whole = {t.decode("utf-8", "surrogateescape"): i for i, t in token.items() if ignore_merges}
         vars(self).update(
-            merges=merges, special_tokens=special, _merges=Merges(merges, made, byte_ids),
-            _token=token | {i: name.encode() for name, i in special.items()}, _dtype=dtype,
+            merges=[*merges.rank_of], special_tokens=special, _merges=merges, _dtype=dtype,
+            _token=token | {i: name.encode() for name, i in special.items()},
             _names=re.compile(f"({names})") if names else None,
-            _whole=whole, _known=dict(whole), _room=MEMORY)      # words -> the bytes of their ids
+            _whole=whole | {i: i for i in special.values()},     # what becomes one id in any case
+            _known={}, _room=MEMORY)                             # words -> the bytes of their ids
 
     def __len__(self) -> int:
         """The highest id + 1: the number of tokens (unless a loaded file leaves ids out)."""
         return max(self._token) + 1
 
     def __getstate__(self) -> dict:          # a copy meets its words by itself
-        return vars(self) | {"_known": dict(self._whole), "_room": MEMORY}
+        return vars(self) | {"_known": {}, "_room": MEMORY}
 
     def fit(self, text: str | Iterable[str]) -> "BPE":
         """Learns the merges from a text, or an iterable of texts (read once, never held whole): the
         next one is the most frequent pair inside the words, ties go to the smaller (left id, right
-        id), until no pair occurs twice. Words end where a text of the iterable ends (an open file
-        is an iterable of lines), and at the special tokens in it, from which nothing is learned.
-        ValueError for an item that is no str or has half a character."""
+        id), until no pair occurs twice. Nothing is learned from special tokens or across them."""
         counts: Counter[str] = Counter()
         for part in spread(self._count, self._batches(text, True), "counting words"):
             counts.update(part)
@@ -432,12 +415,7 @@ class BPE:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens in it are plain text unless allow_special; then the leftmost,
         of several the longest, becomes its id. None is ever added (add_special_tokens=False in
-        other libraries). ValueError for what is no str or has half a character.
-
-        >>> bpe = BPE(257, special_tokens=["<|end|>"])
-        >>> bpe.encode("a<|end|>", allow_special=True), len(bpe.encode("a<|end|>"))
-        ([97, 256], 8)
-        """
+        other libraries)."""
         if not isinstance(text, str):
             raise ValueError(f"encode takes one str, not {_kind(text)}")
         ids = b"".join(spread(self._encode, self._batches(text, allow_special), "encoding"))
@@ -447,37 +425,28 @@ class BPE:
         """Texts and ids of special tokens -> all ids, as the bytes of an array."""
         known, merges, words = self._known, self._merges, []     # a thread may start a new memory
         for piece in pieces:
-            if isinstance(piece, str):
-                words += self._split(piece)
-            else:
-                words.append(piece)
-                known[piece] = np.array([piece], self._dtype).tobytes()
+            words += self._split(piece) if isinstance(piece, str) else [piece]
         if new := set(words).difference(known):
-            if merges.limit is None or sum(map(len, new)) < FEW:
-                found = {word: np.array(merges.apply_to_one(word), self._dtype).tobytes()
-                         for word in new}
-            else:
-                merging = Words(new, merges.byte_ids)
-                merges.apply(merging)
-                found = dict(zip(new, merging.results(self._dtype), strict=True))
+            ids = {word: [self._whole[word]] for word in new & self._whole.keys()}
+            new.difference_update(ids)
+            if few := merges.limit is None or sum(map(len, new)) < FEW:
+                ids |= {word: merges.apply_to_one(word) for word in new}
+            found = {word: np.array(ids[word], self._dtype).tobytes() for word in ids}
+            if not few:
+                found |= zip(new, merges.apply(new, self._dtype), strict=True)
             known |= found                               # at once: an interrupt leaves no half word
-            self._room -= sum(map(len, new)) + 128 * len(new)
+            self._room -= sum(map(len, new)) + 128 * len(found)
             if self._room < 0:
-                self._known, self._room = dict(self._whole), MEMORY
+                self._known, self._room = {}, MEMORY
         return b"".join(map(known.__getitem__, words))
 
     def encode_file(self, source: str | os.PathLike | Iterable[str],
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
         """Writes the ids of a UTF-8 text file, or of an iterable of texts, to a .npy file (1-D;
-        uint16 if len(self) <= 65536, else uint32) and returns how many there are. Special tokens
-        written in a text: as in encode.
-
-        Words end where a text ends (an open file is an iterable of lines: give its path). Memory is
-        bounded (if the pattern is one of KNOWN); the file takes its place only when it is complete.
-        ValueError for what is not UTF-8 or has half a character."""
+        uint16 if len(self) <= 65536, else uint32) and returns how many there are. Memory is bounded
+        if the pattern is one of KNOWN (and no special token can_be_cut); no half file is left."""
         if isinstance(source, (str, os.PathLike)):
-            names = self.special_tokens if allow_special else ()
-            bounded = self._split.known and not any(map(can_be_cut, names))
+            bounded = self._split.known and not any(map(can_be_cut, self.special_tokens))
             source = read_text(source) if bounded else ["".join(read_text(source))]
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
@@ -496,13 +465,10 @@ class BPE:
             if not isinstance(text, str):
                 raise ValueError(f"{_kind(text)} among the texts: give one str at a time")
             for n, part in enumerate(names.split(text) if names else [text]):
-                if n % 2:                                # every second part is a special token
-                    pieces = [self.special_tokens[part]]
-                else:
-                    pieces = cut([part]) if self._split.known else [part]
-                for piece in pieces:
-                    batch.append(piece)
-                    size += len(piece) if isinstance(piece, str) else 1
+                whole = n % 2 or not self._split.known   # every second part is a special token
+                for piece in [part] if whole else cut([part]):
+                    batch.append(self.special_tokens[part] if n % 2 else piece)
+                    size += len(piece)
                     if size >= BATCH:
                         yield batch
                         batch, size = [], 0
@@ -530,12 +496,10 @@ class BPE:
         >>> print(BPE(258).fit("low lower lowest").show("low lower"))
         low|·|low|e|r
         """
-        def visible(c: str) -> str:
-            return "·" if c == " " else c if c.isprintable() else ascii(c)[1:-1]
-
         ids = self.encode(text) if isinstance(text, str) else text
-        tokens = (self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
-        return "|".join("".join(map(visible, token)) for token in tokens)
+        shown = "|".join(self.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids)
+        shown = shown.replace(" ", "·")
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face tokenizer.json; the same tokenizer gives the same bytes.
@@ -545,24 +509,15 @@ class BPE:
         name |= {i: text for text, i in self.special_tokens.items()}
         if len(set(name.values())) < len(name):
             raise ValueError(f"{[*self.special_tokens]}: a special token looks like another token")
-        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        known = self.pattern == GPT2_PATTERN
-        regex = {"Regex": self.pattern}
-        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        level["use_regex"] = known
+        off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        way = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated", invert=False)
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         data = {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": text, **off, "special": True}
-                             for text, i in self.special_tokens.items()],
+            "version": "1.0", "post_processor": None, "decoder": level,
+            "added_tokens": [dict(id=i, content=n, **off) for n, i in self.special_tokens.items()],
             "normalizer": self._split.normal and {"type": self._split.normal},
-            "pre_tokenizer":
-                level if known else {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": None,
-            "decoder": level | {"add_prefix_space": True, "use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(self._whole),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [way, level]},
+            "model": {"type": "BPE", "ignore_merges": len(self._whole) > len(self.special_tokens),
                       "vocab": {name[i]: i for i in sorted(name)},
                       "merges": [[name[left], name[right]] for left, right in self.merges]}}
         with _replace(path) as file:
@@ -573,8 +528,6 @@ class BPE:
         """Reads a byte-level BPE tokenizer.json, ours or another's (GPT-4o's, gpt-oss's, Llama 3's,
         Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
         is left out, as encode adds none. ValueError for what is broken or can't be done exactly."""
-        collecting = gc.isenabled()
-        gc.disable()                                     # a fifth less time: nothing here is a ring
         try:
             with open(path, encoding="utf-8") as file:
                 data = json.load(file)
@@ -586,24 +539,23 @@ class BPE:
                 if (type(i) is not int or not 0 <= i < 1 << 31 or vocab.get(name, i) != i
                         or seen.setdefault(i, name) != name):
                     raise ValueError(f"{name!r} has id {i!r}: give whole numbers that differ")
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
+            ids, made = [], []
+            for pair in pairs:
+                left, right = pair.split(" ") if isinstance(pair, str) else pair
+                ids.append((vocab[left], vocab[right]))
+                made.append(vocab[left + right])
+            merges = Merges(ids, made, [vocab[c] for c in BYTE_LETTERS])
+            if len(merges.rank_of) < len(pairs):
+                raise ValueError("a merge appears twice")
             token = {i: bytes(map(BYTE_OF.__getitem__, name)) for name, i in vocab.items()
                      if name not in special}
             bpe = cls(256 + len(special), pattern, special)
-            bpe._set([(vocab[left], vocab[right]) for left, right in pairs],
-                     [vocab[left + right] for left, right in pairs],
-                     [vocab[c] for c in BYTE_LETTERS], token, special,
-                     data["model"].get("ignore_merges"))
-            if len(bpe._merges.rank_of) < len(pairs):
-                raise ValueError("a merge appears twice")
+            bpe._set(merges, token, special, data["model"].get("ignore_merges"))
             bpe.vocab_size, bpe._split.normal = len(bpe), normal
             return bpe
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{os.fspath(path)} can't be read as byte-level BPE: {why}") from None
-        finally:
-            if collecting:
-                gc.enable()
 
 
 # The letters that stand for the bytes in tokenizer.json (Radford et al. 2019): bytes that can be
@@ -615,7 +567,7 @@ BYTE_OF = {c: b for b, c in enumerate(BYTE_LETTERS)}
 
 def _how_it_splits(data: dict) -> tuple[str, str | None]:
     """The split pattern and normal form of a tokenizer.json. ValueError for what isn't done."""
-    pattern, level = None, {"type": "ByteLevel"}
+    pattern, model, added = None, data["model"], data.get("added_tokens") or []
     match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False} as step if step.get("use_regex", 1):
             pattern = GPT2_PATTERN
@@ -624,26 +576,22 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
             if way == "Isolated" or way == "Removed" and more.get("invert") and regex in KNOWN:
                 pattern = regex
-    normal = data.get("normalizer") or {"normalizers": []}
+    normal, after = data.get("normalizer") or {"normalizers": []}, data.get("post_processor") or {}
     forms = [form["type"] for form in normal.get("normalizers", [normal])]
-    after = data.get("post_processor") or level
-    texts = [[*map(list, step["single"])].count(["Sequence"])
-             for step in after.get("processors", [after]) if "single" in step]
-    for part, done, rule in (
-            ("model", data["model"].get("type", "BPE") == "BPE", "BPE"),
-            ("pre_tokenizer", pattern, "ByteLevel without a prefix space, alone (use_regex true) "
-             "or behind one Split by a Regex (Isolated; use_regex false)"),
-            ("normalizer", forms in ([], ["NFC"], ["NFKC"]), "NFC, NFKC or none"),
-            ("decoder", (data.get("decoder") or level)["type"] == "ByteLevel", "ByteLevel"),
-            ("post_processor", set(texts) <= {1}, "special tokens around the text")):
-        if not done:
-            raise ValueError(f"its {part} must be {rule}, not {json.dumps(data.get(part)):.300}")
-    for part in (data, data["model"], *(data.get("added_tokens") or [])):
-        for name in ("truncation", "padding", "single_word", "lstrip", "rstrip", "dropout",
-                     "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
-                     *["normalized"] * len(forms)):
-            if part.get(name):
-                raise ValueError(f"it sets {name} to {part[name]!r:.60}, which isn't done")
+    templates = [step["single"] for step in after.get("processors", [after]) if "single" in step]
+    bytes_back = (data.get("decoder") or {"type": "ByteLevel"})["type"] == "ByteLevel"
+    wrong = [(name, data.get(name)) for name, done in (
+        ("model", model.get("type", "BPE") == "BPE"), ("pre_tokenizer", pattern),
+        ("normalizer", forms in ([], ["NFC"], ["NFKC"])), ("decoder", bytes_back),
+        ("post_processor", all(str(t).count("'Sequence'") == 1 for t in templates))) if not done]
+    wrong += [(name, part[name]) for part in (data, model, *added) for name in (
+        "truncation", "padding", "single_word", "lstrip", "rstrip", "dropout", "byte_fallback",
+        "continuing_subword_prefix", "end_of_word_suffix", *["normalized"] * len(forms))
+        if part.get(name)]
+    for name, value in wrong:
+        raise ValueError(f"its {name} is {json.dumps(value):.300}; what is done: BPE, ByteLevel "
+                         "without a prefix space, alone (use_regex true) or behind one Split by a "
+                         "Regex (Isolated; use_regex false), NFC, NFKC, special tokens around")
     return pattern, forms[0] if forms else None
 
 
@@ -658,7 +606,6 @@ def _kind(item: object) -> str:
 PIECE = 1 << 15        # characters split at a time (few: most pieces are pure ASCII, and faster)
 BATCH = 1 << 21        # characters that a worker gets at a time
 WORKERS_FROM = 3       # batches; for fewer, starting processes (0.2 s) costs more than it saves
-MAX_WORKERS = 8        # more than one process can feed
 READ_BYTES = 1 << 18   # bytes that read_text reads at a time (malloc reuses small blocks better)
 STARTING = threading.Lock()      # held while a process is started
 
@@ -703,8 +650,7 @@ def _replace(path: str | os.PathLike):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
+        error.filename = error.filename or os.fspath(path)
         raise
     finally:
         with contextlib.suppress(OSError):               # after the replacement it is gone
@@ -728,12 +674,11 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
         yield from map(work, first)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, in_worker = min(cores or 1, MAX_WORKERS), multiprocessing.parent_process() is not None
+    workers = min(cores or 1, 8)                         # more than one process can't feed
     with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
-        from concurrent.futures import ProcessPoolExecutor
-        if workers > 1 and not in_worker and not getattr(sys, "frozen", False):
-            spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, _begin, (work,))
+        if workers > 1 and not (parent_process() or getattr(sys, "frozen", False)):
+            from concurrent.futures import ProcessPoolExecutor
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,))
 
     def submit(batch: list):
         """A new process would import what `__main__` says, the caller's script: so an empty
@@ -764,7 +709,7 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
 
 def _begin(work: Callable[[list], object]) -> None:
     """The start of a worker. Ctrl-C is the caller's business, and the caller's end is its own."""
-    _do.work, caller = work, multiprocessing.parent_process()
+    _do.work, caller = work, parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: caller.join() or os._exit(1), daemon=True).start()
 

@@ -1878,7 +1878,8 @@ class TestBPE(Case):
             *(("special_tokens", BPE, 300, GPT2_PATTERN, n) for n in (["", "a"], ["a", "a"], [1])),
             *(("pattern", BPE, 300, pattern) for pattern in (
                 r"\w+", r"(?<=a)b", r"a*", r"[a-é]", r"(a", r"^a", r"[[:alpha:]]", r"a{,",
-                r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[!-\p{L}]")),
+                r"a{1,3}+", r"a{2}?", r"(?i)a", r"(?i:[a-z])", r"(?i:a(b))", r"[!-\p{L}]",
+                r"[\p{L}\[]", r"\p{L}\]")),
             ("pattern", lambda: BPE(300, r"a*(?=\s)|\S").encode("a b")),  # "" before " "
             *((says, BPE, 300, pattern) for says, pattern in (
                 (r"\p{Han}: ", r"a|\p{Han}+"), ("é: ", "aé"), ("[a&&b]: ", "b[a&&b]"))),
@@ -1969,7 +1970,7 @@ class TestBPE(Case):
         theirs, ours = library("tokenizers").Tokenizer.from_file(str(path)), BPE.load(path)
         theirs.save("theirs.json")
         again, names = BPE.load("theirs.json"), [*ours.special_tokens]
-        self.assertEqual(len(again), theirs.get_vocab_size())
+        self.assertEqual(len(again), max(theirs.get_vocab().values()) + 1)  # ids may be left out
         texts = [*NASTY, *EDGES, f"a {names[0]}b{names[-1]}e\u0301", "never made\nжж", "a" * 700,
                  *(random_text(random, 99, EDGES + PARTS) for _ in range(40))]
         for text in (*texts, joined := "".join(texts)):
@@ -2046,6 +2047,7 @@ class TestBPE(Case):
             ("e\u0301ﬁ", [*"éﬁ".encode()], ({"type": "NFC"}, "normalizer")),
             ("e\u0301ﬁ", [*"éfi".encode()], (forms("NFKC"), "normalizer")),
             ("e\u0301ﬁ", [*"e\u0301ﬁ".encode()], (forms(), "normalizer")),
+            ("HI's", [*b"HI's"], (level | {"use_regex": True}, "pre_tokenizer")),  # of GPT-2
             *(("HI", [*b"HI"], (steps(split | way, level), "pre_tokenizer"))
               for way in ({}, {"behavior": "Removed", "invert": True})),
             *(("slow", [115, 257], (after, "post_processor")) for after in (  # encode adds none
