@@ -2085,6 +2085,9 @@ class TestBPE(Case):
                 ("end_of_word_suffix", "</w>")))):
             with self.subTest(says, value=value), self.assertSays(ValueError, "t.json", says):
                 self.loaded(bpe, (forms("NFC"), "normalizer"), (value, *place))
+        mixed = [dict(id=900 + n, content=n * "E", normalized=n > 1) for n in (1, 2)]
+        with self.assertSays(ValueError, "normalized"):  # tokenizers reads EE as E, E
+            self.loaded(bpe, (mixed, "added_tokens"))
         for content in (b"", b'{"model": {"vocab"', b"\xff\xfe{", b"[]", b"{}"):
             Path("t.json").write_bytes(content)
             with self.subTest(content[:20]), self.assertSays(ValueError, "t.json", "BPE"):
