@@ -182,8 +182,8 @@ class GPT(nn.Module):
 
         fit moves each group's rate along the schedule, in proportion to its value here. Of torch's
         optimizers all will do but LBFGS, which needs a closure, and SparseAdam, which needs sparse
-        gradients. Two wrapped in one must keep `param_groups`, `state` and torch's own form of
-        state_dict, or the run can't be resumed.
+        gradients. Two wrapped in one must keep `param_groups`, `state` (in the weights' dtype) and
+        torch's own form of state_dict, or the run can't be resumed exactly.
         AdamW: Loshchilov and Hutter 2019; no decay of biases and norms, as in GPT-1, section 4.1;
         betas: small batches are noisy (train.py: 0.02 bits per byte better with 0.99 than 0.95).
         """
