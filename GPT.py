@@ -375,7 +375,8 @@ class GPT(nn.Module):
 
 
 def one_row(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What the layer computes, (…, K) -> (…, N); at GPT-1's size twice as fast for a single row.
+    """What the layer computes, (…, K) -> (…, N); for a single row, at GPT-1's size, twice as fast on
+    an AMD EPYC (on an Intel Xeon 1.25 times in bf16, 0.75 times in fp32).
 
     x·Wᵀ is the sum of the rows of Wᵀ, each weighted by a number of x: a bag of embeddings. torch
     sums bags on all cores, as fast as they read memory; its matrix products of one row don't. Each
