@@ -1772,8 +1772,8 @@ class TestBPE(Case):
 
     def test_split_equals_explicit_classes(self):
         texts = [*NASTY, "".join(map(chr, range(128))) * 2, random_text(random, 2000, "ab1+|\n'? "),
-                 *(any_text(random, 99) for _ in range(20)),
-                 *(random_text(random, 9) for _ in range(99))]
+                 *(any_text(random, 99) for _ in range(10)),
+                 *(random_text(random, 9) for _ in range(50))]
         cases = [(pattern, text, explicit_classes(pattern)(text))
                  for pattern in [
                      *PATTERNS, *UNCUTTABLE, r"\p{Lu}\p{Ll}*|\p{Nd}+|\P{L}|\p{L}",
@@ -1803,7 +1803,7 @@ class TestBPE(Case):
         borders = 0
         for pattern in (*PATTERNS, *UNCUTTABLE):
             bpe, split = BPE(300, pattern), explicit_classes(pattern)
-            for _ in range(60):
+            for _ in range(30):
                 text = "\ufeff" + random_text(random, 200, random.sample(EDGES, 12) + PARTS)
                 Path("text.txt").write_bytes(text.encode())
                 words, pieces = split(text), list(read_text("text.txt"))
@@ -1817,7 +1817,7 @@ class TestBPE(Case):
                     if pattern in PATTERNS:
                         self.assertEqual(sum(map(split, pieces), []), words)
                         borders += len(pieces) - 1
-        self.assertGreater(borders, 5_000)
+        self.assertGreater(borders, 3_000)
 
     def test_long_words(self):
         """A quadratic way would take hours; so it would if the merges were in another order."""
@@ -2017,7 +2017,7 @@ class TestBPE(Case):
             BPE.load("a.json").save("b.json")
             self.assertEqual(Path("b.json").read_bytes(), Path("a.json").read_bytes())
             twins = [BPE.load("a.json"), copy.deepcopy(bpe), pickle.loads(pickle.dumps(bpe))]
-            for text in [*NASTY, *(any_text(random, 300) for _ in range(50)), self.every]:
+            for text in [*NASTY, *(any_text(random, 300) for _ in range(25)), self.every]:
                 ids = bpe.encode(text, allow_special=True)
                 self.assertTrue(bpe.decode(ids) == text, text[:30])
                 for twin in twins:
