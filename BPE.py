@@ -92,7 +92,7 @@ BORDER, GONE = -1, -2                       # no ids: between two words; merged 
 class Words:
     """All words end to end in one array of ids, with a border before, between and behind them. A
     place never moves: merging writes the new id at the left place of a pair and takes the right
-    place out of the chain of neighbours, a ring.
+    place out of the chain of neighbours, a ring (behind the last place comes the first).
 
         place         0   1   2   3   4   5   6   7   8   9  10
         id            |   l   o   w   |   l   o   w   e   r   |
@@ -135,11 +135,11 @@ def learn(words: Words, counts: Iterable[int], num_merges: int) -> Iterator[Pair
     """textbook_fit for all words: makes and yields the merges, most frequent pair first, ties to
     the smaller ids. counts: how often each word occurs.
 
-    An id only ever gives way to a newer one, and a place gets another right neighbour only when it
-    gets another id itself. So two old ids never become neighbours: a pair appears in one step, with
-    the later of its two ids, at all its places, which are noted then. Later merges only take places
-    away. Hence a count on the heap is never too low: a pair that leaves it with all its places is
-    the most frequent one; any other is counted again and put back."""
+    An id only ever gives way to a newer one. Of two ids that become neighbours at least one is new:
+    so a pair appears in one step, with the later of its two ids, at all its places, which are noted
+    then. Later merges only take places away. Hence a count on the heap is never too low: a pair
+    that leaves it with all its places is the most frequent one; any other is counted again and put
+    back, if it still occurs twice."""
     weight = np.array([*counts, 0])[np.cumsum(words.id == BORDER) - 1]       # (N,), of the word
     heap: list[tuple[int, int, np.ndarray]] = []         # (-count, pair, places)
 
@@ -314,7 +314,7 @@ class Splitter:
         try:
             if rest := pattern[re.match(f"(?a:{ITEM})*", pattern).end():]:
                 raise ValueError(f"{rest:.20}: only ASCII, sets, classes, groups, repetitions")
-            sets = re.sub(rf"({CLASS})(?![^[]*\])", r"[\1]", pattern)   # each class inside a set
+            sets = re.sub(rf"({CLASS})(?![^[]*\])", r"[\1]", pattern)  # a class alone becomes a set
             text = re.sub(CLASS, members, sets)
             if re.match(text, ""):
                 raise ValueError("it matches the empty text")
@@ -530,7 +530,7 @@ class BPE:
         Qwen 3's); ids are as in the file. A post-processor that puts special tokens around the text
         is left out, as encode adds none. ValueError for what is broken or can't be done exactly."""
         collecting = gc.isenabled()
-        gc.disable()                                     # half of the time: it finds nothing
+        gc.disable()                 # up to half of the time for a large file: it finds nothing
         try:
             with open(path, encoding="utf-8") as file:
                 data = json.load(file)
@@ -669,7 +669,7 @@ def _progress(items: Iterable, title: str, total: int | None = None) -> Iterable
     """The items, with a bar when it takes longer than a second and tqdm is installed."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
-        return tqdm(items, title, total, delay=1, leave=False)
+        return tqdm(items, title, total, delay=1, leave=False, disable=sys.stderr is None)
     return items
 
 
@@ -682,7 +682,7 @@ def spread(work: Callable[[list], object], batches: Iterable[list], title: str) 
         yield from map(work, first)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, 8)                         # more than one process can't feed
+    workers = min(cores or 1, 8)                         # one process can't feed more
     with contextlib.suppress(ImportError, NotImplementedError, OSError):         # no semaphores
         if workers > 1 and not (parent_process() or getattr(sys, "frozen", False)):
             from concurrent.futures import ProcessPoolExecutor

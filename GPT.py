@@ -136,7 +136,7 @@ class GPT(nn.Module):
         """
         new = [*self.stream(x, max_new_tokens, do_sample, temperature, top_k, top_p,
                             stop_token=stop_token, use_cache=use_cache, generator=generator)]
-        return torch.cat([x.to(self.device), *(ids[:, None] for ids in new)], dim=1)
+        return torch.cat([x.to(self.device).long(), *(ids[:, None] for ids in new)], dim=1)
 
     def stream(self, x: Tensor, max_new_tokens: int, do_sample: bool, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, *,
@@ -217,11 +217,11 @@ class GPT(nn.Module):
 
         train_loader, valid_loader: iterables of (x, y), ids (B, T) each, y the token after x.
         num_epochs: passes over train_loader; max_steps, if given, ends training instead.
-        learning_rate: the peak of learning_rate_at, or a function step -> rate. warmup_steps: None:
-        10 % of the run, at least 100; never more than half. weight_decay: see make_optimizer.
-        grad_clip: the largest norm of the gradient. accumulate: batches in a step. eval_every:
-        steps between validations; None: one pass. The last step and a stop validate, too. dtype:
-        "fp32", "bf16" (autocast; the weights stay fp32) or "auto". compile: use torch.compile.
+        learning_rate: the peak of learning_rate_at, or a function step -> rate. warmup_steps, for a
+        peak: None: 10 % of the run, at least 100; never more than half. weight_decay: see
+        make_optimizer. grad_clip: the largest norm of the gradient. accumulate: batches in a step.
+        eval_every: steps between validations; None: one pass. The last step and a stop validate,
+        too. dtype: "fp32", "bf16" (autocast; the weights stay fp32) or "auto". compile: torch's.
         checkpoint: a file, written at each validation; if it exists, training resumes from it, in
         fp32 on the CPU bit for bit if train_loader has batch(k), which gives batch k of an endless
         stream (as Batches does); any other loader begins a new pass. The optimizer's settings come
@@ -260,7 +260,7 @@ class GPT(nn.Module):
         if ranks > 1:  # its backward averages the gradients over the ranks
             net = nn.parallel.DistributedDataParallel(net)
         stream = endless(train_loader, first=run["step"] * accumulate)
-        (stop,) = sum_over_ranks(self.device, self.stop_training)
+        (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
         losses, clock, tokens_before = [], time.perf_counter(), run["tokens"]
         bar = tqdm(desc="train", total=total_steps, initial=run["step"], unit="step",
                    disable=None if rank == 0 and sys.stderr else True)  # None: on a terminal only
@@ -299,7 +299,7 @@ class GPT(nn.Module):
                 bar.set_postfix_str(f"loss {step_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 # validate
-                (stop,) = sum_over_ranks(self.device, self.stop_training)  # all ranks, or none
+                (stop,) = sum_over_ranks(self.device, self.stop_training)
                 if not (stop or run["step"] == total_steps or run["step"] % eval_every == 0):
                     continue
                 loss_sum, steps = sum_over_ranks(self.device, sum(losses), len(losses))
@@ -329,7 +329,7 @@ class GPT(nn.Module):
         Whole or not at all: the old file stays until the new one is safe on the disk and has been
         read back. OSError if it fails; ValueError for a note that couldn't be read back.
         """
-        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary, handled = Path(f"{os.fspath(path)}.tmp"), sys.exception()  # of the caller
         try:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
@@ -340,7 +340,7 @@ class GPT(nn.Module):
             os.replace(temporary, path)
         except Exception as error:
             disk = error if isinstance(error, OSError) else error.__context__  # torch may hide it
-            if isinstance(disk, OSError):
+            if isinstance(disk, OSError) and disk is not handled:
                 raise OSError(disk.errno, f"{disk.strerror}; not saved", os.fspath(path)) from error
             notes = {key: type(note).__name__ for key, note in self.notes.items()}
             raise ValueError(f"{path}: not saved, it couldn't be read back; in notes, use Python's "
@@ -355,8 +355,8 @@ class GPT(nn.Module):
 
         dtype="bf16" halves the bytes of the weights, for generation; it is also faster where the
         hardware has bf16 natively (elsewhere long prompts are slow). ValueError if the file is
-        damaged or of another model, FileNotFoundError if it isn't there. A line on stderr if the
-        model's code was edited since.
+        damaged or of another model, FileNotFoundError if it isn't there, the constructor's own
+        error for arguments that it doesn't take. A line on stderr if the code was edited since.
         """
         dtype, saved = pick_dtype(torch.device(device), dtype), read_file(path)
         with fork_rng(devices=[]):  # drawing weights must not move the caller's random state
@@ -375,8 +375,8 @@ class GPT(nn.Module):
 
 
 def one_row(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What the layer computes, (…, K) -> (…, N); for a single row, at GPT-1's size, twice as fast on
-    an AMD EPYC (on an Intel Xeon 1.25 times in bf16, 0.75 times in fp32).
+    """What the layer computes, (…, K) -> (…, N); for a single row, at GPT-1's size, twice as fast
+    on an AMD EPYC (on an Intel Xeon 1.25 times in bf16, 0.75 times in fp32).
 
     x·Wᵀ is the sum of the rows of Wᵀ, each weighted by a number of x: a bag of embeddings. torch
     sums bags on all cores, as fast as they read memory; its matrix products of one row don't. Each
@@ -483,7 +483,8 @@ def endless(loader: Iterable, first: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def evaluate(model: GPT, valid_loader: Iterable, dtype: str = "fp32") -> float:
-    """The mean loss over all batches of all ranks, nats per token. Modes and random state stay."""
+    """The mean loss over all batches of all ranks, nats per token. Modes and the CPU's random
+    state stay."""
     loss, tokens = 0.0, 0
     with in_mode(model.modules(), train=False), fork_rng(devices=[]):
         for x, y in valid_loader:
@@ -622,7 +623,7 @@ def check_fits(path: str | os.PathLike, saved: dict, model: GPT,
 
 def code_of(model: nn.Module) -> str:
     """A hash of the source files that define the model's classes, torch's own left out. linecache
-    keeps a file as it was when it was read first: the code that runs, though edited meanwhile."""
+    keeps a file as it was first read, until a traceback shows it: the code that runs, if edited."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in classes
              if cls.__module__.partition(".")[0] not in ("torch", "builtins")}

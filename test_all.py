@@ -380,6 +380,8 @@ class TestGPTGenerate(Case):
         with torch.autocast("cpu", torch.bfloat16):
             self.assertEqual(model.generate(x, np.int64(20), True, np.float32(0.5), np.int64(
                 10**6), np.float32(0.9), stop_token=np.int64(10**6)).shape, (1, 22))
+        self.assertEqual(model.generate(x.to(torch.uint16), 2, False).tolist(),
+                         model.generate(x, 2, False).tolist())
         full = torch.full((9, 5), 70.0, dtype=torch.float16)  # whose sum is no float16
         self.assertEqual(next_token(full, 0, None, None).tolist(), [0] * 9)
         flat = torch.zeros(4000, 1000, dtype=torch.bfloat16)  # in which 1,000 thousandths are no 1
@@ -866,6 +868,10 @@ class TestGPTCheckpoint(TrainedCase):
         before = Path("m.pt").read_bytes()
         for bad in (np.float64(1), {"inside": [np.int64(3)]}, {Path("k"): 1}, lambda: 0):
             model.notes = {"fine": 1, "best": bad}
+            fails(ValueError, "best")
+        try:
+            raise OSError("the caller's own")
+        except OSError:  # while it is handled, a save fails for another reason
             fails(ValueError, "best")
         model.notes = {}
         with mock.patch("os.fsync", side_effect=OSError(5, "Input/output error")):
@@ -2618,7 +2624,7 @@ def main(names):
     cases = {name: case for name, case in globals().items() if isinstance(case, type)
              and issubclass(case, unittest.TestCase) and not name.endswith("Case")}
     loader, suite = unittest.defaultTestLoader, unittest.TestSuite()
-    for name in names or ("",):  # every class begins with "Test" and the name of its file
+    for name in names or ("",):  # "Test", then the name of the file or of the subject
         tests = [loader.loadTestsFromTestCase(case) for title, case in cases.items()
                  if title.lower().startswith(f"test{name}".lower())]
         if not tests:
