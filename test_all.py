@@ -573,7 +573,7 @@ class TestGPTFit(TrainedCase):
         self.assertTrue(all(p.grad is None for p in model.parameters()))
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             if "qkv.bias" not in name:  # a key's has only noise as gradient, which Adam amplifies
-                self.assertClose(ours, theirs, 1e-4)  # a step moves weights by 1e-2
+                self.assertClose(ours, theirs, 5e-4)  # a step moves weights by 1e-2
 
     def test_schedule(self):
         def two_groups(parameters, rate):
