@@ -445,9 +445,11 @@ class BPE:
                     out_path: str | os.PathLike, allow_special: bool = False) -> int:
         """Writes the ids of a UTF-8 text file, or of an iterable of texts, to a .npy file (1-D;
         uint16 if len(self) <= 65536, else uint32) and returns how many there are. Memory is bounded
-        if the pattern is one of KNOWN (and no special token can_be_cut); no half file is left."""
+        if the pattern is one of KNOWN (and no special token to find can_be_cut); no half file is
+        left."""
         if isinstance(source, (str, os.PathLike)):
-            bounded = self._split.known and not any(map(can_be_cut, self.special_tokens))
+            names = self.special_tokens if allow_special else ()
+            bounded = self._split.known and not any(map(can_be_cut, names))
             source = read_text(source) if bounded else ["".join(read_text(source))]
         with _replace(out_path) as file:
             file.write(bytes(128))         # the header, as soon as the length is known
@@ -596,7 +598,8 @@ def _how_it_splits(data: dict) -> tuple[str, str | None]:
         names.append("normalized")  # if mixed, the two kinds are sought one by one
     wrong += [(name, part[name]) for part in (data, model, *added) for name in names
               if part.get(name)]
-    for name, value in wrong:
+    if wrong:
+        name, value = wrong[0]
         raise ValueError(f"its {name} is {json.dumps(value):.300}; what is done: BPE, ByteLevel "
                          "without a prefix space, alone (use_regex true) or behind one Split by a "
                          "Regex (Isolated; use_regex false), NFC, NFKC, special tokens around")

@@ -329,7 +329,7 @@ class GPT(nn.Module):
         Whole or not at all: the old file stays until the new one is safe on the disk and has been
         read back. OSError if it fails; ValueError for a note that couldn't be read back.
         """
-        temporary, handled = Path(f"{os.fspath(path)}.tmp"), sys.exception()  # of the caller
+        temporary, handled = Path(f"{os.fspath(path)}.tmp"), sys.exception()  # by the caller
         try:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, "sizes": self.sizes, "notes": self.notes,
